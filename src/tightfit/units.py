@@ -100,5 +100,6 @@ def format_bytes(n: int) -> str:
     for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):
         if abs(n) >= unit:
             value = n / unit
-            return f"{value:.0f} {name}" if abs(value) >= 100 else f"{value:.3g} {name}"
+            digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+            return f"{value:.{digits}f} {name}"
     return f"{n} B"
