@@ -1,0 +1,123 @@
+"""Typed access to `config.json`, with the old and the new spellings of its keys.
+
+Only `families/` and this module read Hugging Face's config keys. Every accessor raises a
+`ConfigError` that names the key and the value, so that a malformed config is a one-line message.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tightfit.errors import ConfigError
+from tightfit.units import TORCH_DTYPES
+
+_LARGEST = 2**40
+_MISSING: Any = object()
+
+
+class Config:
+    """A read-only view of one JSON object of a config, which knows its name for messages."""
+
+    def __init__(self, values: Mapping[str, Any], *, name: str = "config.json") -> None:
+        self._values = values
+        self.name = name
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there with a value other than null."""
+        return self._values.get(key) is not None
+
+    def raw(self, *keys: str, default: Any = None) -> Any:
+        """The value of the first of `keys` that is present and not null."""
+        for key in keys:
+            if self._values.get(key) is not None:
+                return self._values[key]
+        return default
+
+    def integer(self, *keys: str, default: Any = _MISSING, minimum: int = 1) -> int:
+        """A whole number of at least `minimum`."""
+        value = self._required(keys, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self._wrong(keys, value, "a whole number")
+        if not minimum <= value <= _LARGEST:
+            raise self._wrong(keys, value, f"at least {minimum} and of a possible size")
+        return value
+
+    def number(self, *keys: str, default: Any = _MISSING) -> float:
+        """A finite number."""
+        value = self._required(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+            raise self._wrong(keys, value, "a finite number")
+        return float(value)
+
+    def boolean(self, *keys: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.raw(*keys, default=default)
+        if not isinstance(value, bool):
+            raise self._wrong(keys, value, "true or false")
+        return value
+
+    def text(self, *keys: str, default: Any = _MISSING) -> str:
+        """A string."""
+        value = self._required(keys, default)
+        if not isinstance(value, str):
+            raise self._wrong(keys, value, "a string")
+        return value
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        """A list of strings; empty when the key is absent."""
+        value = self.raw(key, default=())
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self._wrong((key,), value, "a list of strings")
+        if not all(isinstance(item, str) for item in value):
+            raise self._wrong((key,), value, "a list of strings")
+        return tuple(value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; empty when the key is absent."""
+        value = self.raw(key, default=())
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self._wrong((key,), value, "a list of whole numbers")
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            raise self._wrong((key,), value, "a list of whole numbers")
+        return tuple(value)
+
+    def section(self, key: str) -> "Config | None":
+        """A nested object, or None when the key is absent."""
+        value = self.raw(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self._wrong((key,), value, "an object")
+        return Config(value, name=f"{self.name}: {key}")
+
+    def dtype(self) -> str:
+        """The checkpoint's dtype in safetensors' spelling; float32 when it is not said."""
+        value = self.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
+        if value not in TORCH_DTYPES:
+            raise self._wrong(("dtype",), value, f"one of {', '.join(TORCH_DTYPES)}")
+        return TORCH_DTYPES[value]
+
+    def _required(self, keys: tuple[str, ...], default: Any) -> Any:
+        value = self.raw(*keys, default=default)
+        if value is _MISSING:
+            raise ConfigError(
+                f"{self.name} lacks {keys[0]!r}",
+                hint="is this the config.json of a complete Hugging Face checkpoint?",
+            )
+        return value
+
+    def _wrong(self, keys: tuple[str, ...], value: Any, wanted: str) -> ConfigError:
+        shown = repr(value)
+        return ConfigError(
+            f"{self.name} has {keys[0]} = {shown[:60]}, which should be {wanted}",
+            hint="correct the config.json, or download it again",
+        )
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

@@ -1,0 +1,180 @@
+"""What nearly all decoder-only families share; a family's own file says only what is different.
+
+The defaults are those of Hugging Face's Llama (`transformers/models/llama`). A family passes what
+its config class fills in when a key is absent: head counts, tying, and so on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tightfit.errors import ConfigError, UnsupportedModelError
+from tightfit.model.config import Config
+from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, MoE, Rope
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
+
+
+def rope(
+    config: Config,
+    head_dim: int,
+    *,
+    default_theta: float = 10_000.0,
+    kind: str | None = None,
+) -> Rope:
+    """Read both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`.
+
+    `kind` picks one entry of a `rope_parameters` that is keyed by layer type.
+    """
+    parameters = config.section("rope_parameters")
+    if parameters is not None and kind is not None and (nested := parameters.section(kind)):
+        parameters = nested
+    scaling = parameters or config.section("rope_scaling") or Config({})
+    rope_type = scaling.text("rope_type", "type", default="default")
+    if rope_type not in ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"rope_type {rope_type!r} is not modelled", hint=f"known: {', '.join(ROPE_TYPES)}"
+        )
+    factors: dict[str, Any] = {key: scaling.raw(key) for key in _ROPE_FACTORS if scaling.has(key)}
+    factors["rope_type"] = "longrope" if rope_type == "su" else rope_type
+    if rope_type != "default" and "original_max_position_embeddings" not in factors:
+        original = config.raw("original_max_position_embeddings", "max_position_embeddings")
+        factors["original_max_position_embeddings"] = original
+    fraction = scaling.number(
+        "partial_rotary_factor", default=config.raw("partial_rotary_factor", default=1.0)
+    )
+    theta = scaling.number("rope_theta", default=config.raw("rope_theta", default=default_theta))
+    return Rope(
+        theta=theta,
+        rotary_dim=int(head_dim * fraction),
+        scaling=None if rope_type == "default" else factors,
+        max_position_embeddings=config.integer("max_position_embeddings", default=2048),
+    )
+
+
+_ROPE_FACTORS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "short_factor",
+    "long_factor",
+)
+
+
+def attention(
+    config: Config,
+    *,
+    default_kv_heads: int | None = None,
+    default_head_dim: int | None = None,
+    default_theta: float = 10_000.0,
+    scale: float | None = None,
+    **changes: Any,
+) -> Attention:
+    """Full attention as the config gives it; `changes` are fields of `Attention`."""
+    num_heads = config.integer("num_attention_heads")
+    num_kv_heads = config.integer("num_key_value_heads", default=default_kv_heads or num_heads)
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{config.name} has num_attention_heads = {num_heads}, which is not a multiple of "
+            f"num_key_value_heads = {num_kv_heads}",
+            hint="correct the config.json",
+        )
+    hidden_size = config.integer("hidden_size")
+    head_dim = config.integer("head_dim", default=default_head_dim or hidden_size // num_heads or 1)
+    return Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=changes.pop("rope", None) or rope(config, head_dim, default_theta=default_theta),
+        scale=head_dim**-0.5 if scale is None else scale,
+        **changes,
+    )
+
+
+def dense_mlp(config: Config, *, bias: bool = False) -> DenseMLP:
+    """The gated MLP of a config."""
+    return DenseMLP(
+        intermediate_size=config.integer("intermediate_size"),
+        activation=config.text("hidden_activation", "hidden_act", default="silu"),
+        bias=bias,
+    )
+
+
+def uniform(config: Config, attention: Attention, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:
+    """All layers alike."""
+    layer = Layer(attention=attention, mlp=mlp)
+    return (layer,) * num_layers(config)
+
+
+def num_layers(config: Config) -> int:
+    """Decoder layers, bounded so that a corrupt config cannot exhaust memory."""
+    count = config.integer("num_hidden_layers")
+    if count > 10_000:
+        raise ConfigError(
+            f"{config.name} has num_hidden_layers = {count}, more than any model has",
+            hint="correct the config.json",
+        )
+    return count
+
+
+def windowed(
+    config: Config,
+    full: Attention,
+    mlp: DenseMLP | MoE,
+    *,
+    window: int | None,
+    is_sliding: Callable[[int], bool],
+    sliding_rope: Rope | None = None,
+) -> tuple[Layer, ...]:
+    """Layers of which some see only `window` tokens: by `layer_types`, else by `is_sliding`."""
+    everything = Layer(attention=full, mlp=mlp)
+    if window is None:
+        return (everything,) * num_layers(config)
+    local = replace(full, window=window, rope=sliding_rope or full.rope)
+    sliding = Layer(attention=local, mlp=mlp)
+    kinds = layer_types(config)
+    if kinds:
+        choice = [kind == "sliding_attention" for kind in kinds]
+    else:
+        choice = [is_sliding(i) for i in range(num_layers(config))]
+    return tuple(sliding if local_layer else everything for local_layer in choice)
+
+
+def layer_types(config: Config) -> Sequence[str]:
+    """`layer_types`, checked against the number of layers and the kinds that are modelled."""
+    kinds = config.strings("layer_types")
+    if kinds and len(kinds) != num_layers(config):
+        raise ConfigError(
+            f"{config.name} has {len(kinds)} layer_types for num_hidden_layers = "
+            f"{num_layers(config)}",
+            hint="correct the config.json",
+        )
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(f"layer type {kind!r} is not modelled")
+    return kinds
+
+
+def model(config: Config, layers: tuple[Layer, ...], **changes: Any) -> ModelSpec:
+    """The rest of a `ModelSpec`; `changes` are its fields."""
+    fields: Mapping[str, Any] = {
+        "architecture": config.strings("architectures")[0],
+        "model_type": config.text("model_type", default=""),
+        "dtype": config.dtype(),
+        "hidden_size": config.integer("hidden_size"),
+        "vocab_size": config.integer("vocab_size"),
+        "max_position_embeddings": config.integer("max_position_embeddings", default=2048),
+        "norm_eps": config.number("rms_norm_eps", default=1e-6),
+        "tie_word_embeddings": config.boolean(
+            "tie_word_embeddings", default=changes.pop("default_tied", False)
+        ),
+        "layers": layers,
+    }
+    return ModelSpec(**{**fields, **changes})

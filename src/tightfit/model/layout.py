@@ -1,0 +1,312 @@
+"""How an engine's parameters are made from checkpoint tensors, and which piece each rank holds.
+
+A `Weight` is one parameter of the engine before it is cut: `Part`s of checkpoint tensors stacked
+along the output dimension (`qkv_proj` is made of `q_proj`, `k_proj` and `v_proj`). `rank_tensor`
+cuts it for one rank, and gives a `RankTensor`: its shape, and which boxes of which source tensors
+fill it. `plan` sums the bytes of rank tensors, `shard` copies their boxes, `run` loads them.
+
+The cuts are vLLM's (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`): column
+parallel layers split their outputs, row parallel ones their inputs, KV heads fewer than ranks are
+replicated, everything else is whole on every rank. vLLM demands that everything divides; our own
+runtime also takes uneven shares of whole heads, so that 9 heads can be served on 2 ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+from math import prod
+
+from tightfit.errors import LayoutError
+from tightfit.units import dtype_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parallel:
+    """The sizes of a parallel layout, and whether shares may differ in size."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    uneven: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def ranks(self) -> tuple["Rank", ...]:
+        """Every rank, in vLLM's order: tensor parallel ranks are neighbours."""
+        return tuple(
+            Rank(tp_rank=tp, pp_rank=pp, parallel=self)
+            for pp in range(self.pipeline_parallel_size)
+            for tp in range(self.tensor_parallel_size)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """One rank of a layout."""
+
+    tp_rank: int = 0
+    pp_rank: int = 0
+    parallel: Parallel = Parallel()
+
+    @property
+    def rank(self) -> int:
+        """Its number among all ranks."""
+        return self.pp_rank * self.parallel.tensor_parallel_size + self.tp_rank
+
+
+def deal(count: int, shares: int, index: int, *, uneven: bool) -> tuple[int, int] | None:
+    """Share `count` things: (first, number) for share `index`; None when it cannot be done."""
+    if count < shares or (count % shares and not uneven):
+        return None
+    first = count * index // shares
+    return first, count * (index + 1) // shares - first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Rows (or columns) that go to ranks in whole units, such as heads.
+
+    `groups` are units that stay together as long as there are enough groups for the ranks: the
+    query heads of one KV head. With more ranks than groups every group belongs to several ranks,
+    which share its units, or hold the same ones if the axis is `replicated` (the KV heads).
+    """
+
+    label: str
+    units: int
+    unit_rows: int = 1
+    groups: int | None = None
+    replicated: bool = False
+
+    @property
+    def rows(self) -> int:
+        """All rows, before they are dealt."""
+        return self.units * self.unit_rows
+
+    def span(self, rank: Rank) -> tuple[int, int]:
+        """First row and number of rows of a rank.
+
+        Raises:
+            LayoutError: the units cannot be dealt to that many ranks.
+        """
+        ranks, uneven = rank.parallel.tensor_parallel_size, rank.parallel.uneven
+        groups = self.groups or self.units
+        per_group = self.units // groups
+        share: tuple[int, int] | None = None
+        if ranks <= groups or self.groups is None:
+            if groups_dealt := deal(groups, ranks, rank.tp_rank, uneven=uneven):
+                share = groups_dealt[0] * per_group, groups_dealt[1] * per_group
+        elif ranks % groups == 0:
+            group, index = divmod(rank.tp_rank, ranks // groups)
+            if self.replicated:
+                share = group * per_group, per_group
+            elif units_dealt := deal(per_group, ranks // groups, index, uneven=uneven):
+                share = group * per_group + units_dealt[0], units_dealt[1]
+        if share is None:
+            raise LayoutError(
+                f"tensor parallel size {ranks} does not divide {self.label} = {self.units}"
+            )
+        return share[0] * self.unit_rows, share[1] * self.unit_rows
+
+    def in_blocks(self, block: int) -> "Axis":
+        """The axis of the scales of blocks of `block` rows."""
+        if self.unit_rows % block == 0:
+            units, unit_rows = self.units, self.unit_rows // block
+        elif self.groups is None and self.rows % block == 0:
+            units, unit_rows = self.rows // block, 1
+        else:
+            units, unit_rows = 1, -(-self.rows // block)
+        return Axis(
+            label=f"blocks of {block} in {self.label}",
+            units=units,
+            unit_rows=unit_rows,
+            groups=self.groups if units == self.units else None,
+            replicated=self.replicated,
+        )
+
+
+class Cut(Enum):
+    """Along which dimension a weight is cut."""
+
+    NONE = "replicated"
+    OUTPUT = "output"
+    INPUT = "input"
+
+
+class Stage(Enum):
+    """Which pipeline stages hold a weight that belongs to no layer."""
+
+    FIRST = "first"
+    LAST = "last"
+    BOTH_ENDS = "both ends"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Rows `first_row : first_row + rows` of one checkpoint tensor of `source_rows` rows.
+
+    `source` holds `{expert}` in weights that stack experts. An `axis` longer than `rows` means
+    padding with zeros at the end (vocabulary).
+    """
+
+    source: str
+    rows: int
+    axis: Axis | None = None
+    first_row: int = 0
+    source_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """One parameter of the engine, before it is cut.
+
+    Its whole shape is `[experts,] rows[, columns]`; `dtype` is None for the model's own.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    columns: int | None = None
+    cut: Cut = Cut.NONE
+    input_axis: Axis | None = None
+    experts: int = 0
+    where: int | Stage
+    """The decoder layer, or the pipeline stage."""
+    dtype: str | None = None
+    linear: bool = False
+    """A matrix that quantization applies to."""
+
+    def source_shape(self, part: Part) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor of a part."""
+        rows = part.source_rows or part.rows
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+    def rank_shape(self, rank: Rank) -> tuple[int, ...]:
+        """Shape on a rank: `[experts,] rows[, columns]`.
+
+        Raises:
+            LayoutError: the layout does not divide this weight.
+        """
+        rows = sum(self._rows(part, rank)[1] for part in self.parts)
+        shape = (rows,) if self.columns is None else (rows, self._columns(rank)[1])
+        return (self.experts, *shape) if self.experts else shape
+
+    def rank_tensor(self, rank: Rank, dtype: str) -> "RankTensor":
+        """Cut for one rank; `dtype` is used unless the weight has its own.
+
+        Raises:
+            LayoutError: the layout does not divide this weight.
+        """
+        spans = [self._rows(part, rank) for part in self.parts]
+        starts = [0, *accumulate(rows for _, rows in spans)]
+        pieces: list[Piece] = []
+        for part, (first, rows), at in zip(self.parts, spans, starts, strict=False):
+            present = min(rows, part.rows - first)
+            if present > 0:
+                pieces += self._pieces(part, first, present, at, rank)
+        return RankTensor(
+            name=self.name,
+            parameter=self.name,
+            dtype=self.dtype or dtype,
+            shape=self.rank_shape(rank),
+            pieces=tuple(pieces),
+        )
+
+    def _pieces(self, part: Part, first: int, rows: int, at: int, rank: Rank) -> Iterator["Piece"]:
+        start: tuple[int, ...] = (part.first_row + first,)
+        shape: tuple[int, ...] = (rows,)
+        where: tuple[int, ...] = (at,)
+        if self.columns is not None:
+            first_column, columns = self._columns(rank)
+            start, shape, where = (*start, first_column), (*shape, columns), (*where, 0)
+        for expert in range(max(self.experts, 1)):
+            yield Piece(
+                source=part.source.format(expert=expert) if self.experts else part.source,
+                source_shape=self.source_shape(part),
+                start=start,
+                shape=shape,
+                at=(expert, *where) if self.experts else where,
+            )
+
+    def _rows(self, part: Part, rank: Rank) -> tuple[int, int]:
+        if self.cut is not Cut.OUTPUT or part.axis is None:
+            return 0, part.rows if part.axis is None else part.axis.rows
+        return part.axis.span(rank)
+
+    def _columns(self, rank: Rank) -> tuple[int, int]:
+        assert self.columns is not None
+        if self.cut is not Cut.INPUT or self.input_axis is None:
+            return 0, self.columns
+        return self.input_axis.span(rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A box of a source tensor, and the corner of the rank tensor where it lands.
+
+    A rank tensor may have one dimension more than its sources (stacked experts): the box is then
+    one element thick in that dimension.
+    """
+
+    source: str
+    source_shape: tuple[int, ...]
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTensor:
+    """A tensor of one rank's files: where each element comes from, and `fill` for the others.
+
+    `name` is what the file calls it and `parameter` what the engine does; constants that only an
+    engine's file format wants have no parameter.
+    """
+
+    name: str
+    parameter: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...] = ()
+    fill: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return dtype_bytes(self.dtype, prod(self.shape))
+
+
+def pipeline_layers(num_layers: int, pipeline_parallel_size: int, pp_rank: int) -> range:
+    """The layers of a pipeline stage (vLLM's `distributed/utils.py: get_pp_indices`).
+
+    A remainder goes to the stages before the last one, backwards.
+
+    Raises:
+        LayoutError: fewer layers than stages.
+    """
+    if pipeline_parallel_size > num_layers:
+        raise LayoutError(
+            f"pipeline parallel size {pipeline_parallel_size} is more than "
+            f"num_hidden_layers = {num_layers}",
+            hint=f"use at most {num_layers}",
+        )
+    base, remainder = divmod(num_layers, pipeline_parallel_size)
+    sizes = [base] * pipeline_parallel_size
+    for i in range(2, remainder + 2):
+        sizes[-i] += 1
+    first = sum(sizes[:pp_rank])
+    return range(first, first + sizes[pp_rank])
+
+
+def on_rank(weight: Weight, rank: Rank, num_layers: int) -> bool:
+    """Whether the pipeline stage of a rank holds a weight."""
+    stages = rank.parallel.pipeline_parallel_size
+    if isinstance(weight.where, int):
+        return weight.where in pipeline_layers(num_layers, stages, rank.pp_rank)
+    first, last = rank.pp_rank == 0, rank.pp_rank == stages - 1
+    return {
+        Stage.FIRST: first,
+        Stage.LAST: last,
+        Stage.BOTH_ENDS: first or last,
+    }[weight.where]

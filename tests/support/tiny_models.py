@@ -1,0 +1,129 @@
+"""Tiny seeded checkpoints of every family, written by transformers: the oracle writes its own input.
+
+The shapes are chosen to show mistakes: an odd vocabulary (padding is visible), KV heads that must be
+replicated, a head_dim unlike hidden/heads, biases and norms that are not trivially zero or one, and
+two layers so that layer numbers matter. `head_dim` is a multiple of 32 because vLLM's CPU attention
+demands it.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 259
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.01 * i for i in range(16)],
+    "long_factor": [1.0 + 0.5 * i for i in range(16)],
+    "original_max_position_embeddings": 64,
+}
+
+
+def _recipes() -> dict[str, Callable[[], Any]]:
+    import transformers as T
+
+    def recipe(config_class: Any, **changes: Any) -> Callable[[], Any]:
+        return lambda: config_class(**(_COMMON | changes))
+
+    windowed = {"head_dim": 64, "query_pre_attn_scalar": 32, "sliding_window": 16}
+    moe = {"num_experts_per_tok": 2}
+    return {
+        "llama": recipe(T.LlamaConfig),
+        "llama3": recipe(T.LlamaConfig, rope_parameters=_LLAMA3_ROPE, head_dim=64),
+        "llama_mqa": recipe(T.LlamaConfig, num_key_value_heads=1),
+        "llama_tied": recipe(T.LlamaConfig, tie_word_embeddings=True),
+        "llama_bias": recipe(T.LlamaConfig, attention_bias=True, mlp_bias=True),
+        "mistral": recipe(T.MistralConfig, sliding_window=16),
+        "qwen2": recipe(T.Qwen2Config),
+        "qwen2_tied": recipe(T.Qwen2Config, tie_word_embeddings=True),
+        "qwen3": recipe(T.Qwen3Config, head_dim=64, attention_bias=True),
+        "qwen3_moe": recipe(
+            T.Qwen3MoeConfig,
+            head_dim=32,
+            num_experts=4,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
+            mlp_only_layers=[1],
+            **moe,
+        ),
+        "mixtral": recipe(T.MixtralConfig, num_local_experts=4, **moe),
+        "phi3": recipe(T.Phi3Config),
+        "phi3_longrope": recipe(
+            T.Phi3Config, rope_parameters=_LONGROPE, original_max_position_embeddings=64
+        ),
+        "phi4_partial": recipe(T.Phi3Config, partial_rotary_factor=0.5),
+        "gemma2": recipe(T.Gemma2Config, **windowed),
+        "gemma3": recipe(T.Gemma3TextConfig, num_hidden_layers=7, **windowed),
+        "granite": recipe(
+            T.GraniteConfig,
+            tie_word_embeddings=True,
+            embedding_multiplier=12.0,
+            logits_scaling=16.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.0078125,
+        ),
+        "olmo2": recipe(T.Olmo2Config),
+    }
+
+
+NAMES = (
+    "llama", "llama3", "llama_mqa", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied",
+    "qwen3", "qwen3_moe", "mixtral", "phi3", "phi3_longrope", "phi4_partial", "gemma2", "gemma3",
+    "granite", "olmo2",
+)  # fmt: skip
+
+
+def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> Path:
+    """Write the tiny checkpoint `name` to `directory`; the same name gives the same bytes."""
+    import torch
+    import transformers as T
+
+    torch.manual_seed(1234)
+    config = _recipes()[name]()
+    config.dtype = getattr(torch, dtype)
+    model = T.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_((noise * 0.1).to(parameter.dtype))
+            else:
+                parameter.copy_((noise * 0.08).to(parameter.dtype))
+    model.save_pretrained(directory)
+    return directory
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    arguments = parser.parse_args(argv)
+    for name in arguments.names:
+        print(make_tiny_model(name, arguments.directory / name))
+
+
+if __name__ == "__main__":
+    main()
