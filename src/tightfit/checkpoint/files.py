@@ -132,7 +132,9 @@ def _read_object(
             f"{where} is not JSON: {e.msg} (line {e.lineno}, column {e.colno})",
             hint="correct that line, or download the file again",
         ) from e
-    except (ValueError, RecursionError) as e:
+    except RecursionError as e:
+        raise error(f"{where} is nested too deeply", hint="download the file again") from e
+    except ValueError as e:
         raise error(f"{where} is not JSON: {e}", hint="download the file again") from e
     if not isinstance(value, dict):
         raise error(

@@ -53,12 +53,18 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict
     """
     if size < 8:
         _refuse(f"{file} has {size} bytes, and a safetensors file has at least 8")
-    length = int.from_bytes(_exactly(file, read, 0, 8), "little")
+    prefix = _exactly(file, read, 0, 8)
+    if prefix == b"version ":
+        _refuse(
+            f"{file} is a Git LFS pointer and not the weights themselves",
+            "fetch them with `git lfs pull`, or download the model with `hf download`",
+        )
+    length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
         _refuse(
             f"{file} states a header of {length} bytes, and safetensors allows "
             f"{MAX_HEADER_BYTES}; it is not a safetensors file",
-            "a Git LFS pointer, an HTML page or a pickle may bear its name; " + _DOWNLOAD_AGAIN,
+            "an HTML page or a pickle may bear its name; download the file again",
         )
     if 8 + length > size:
         _refuse(f"{file} is truncated: its header ends at byte {8 + length} of {size}")
@@ -75,9 +81,7 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> dict
         if info.offset < end:
             _refuse(f"{file}: tensors {previous!r} and {info.name!r} overlap at byte {info.offset}")
         if info.offset > end:
-            _refuse(
-                f"{file}: {info.offset - end} bytes before tensor {info.name!r} are no tensor's"
-            )
+            _refuse(f"{file}: no tensor has the {info.offset - end} bytes before {info.name!r}")
         end, previous = info.offset + info.nbytes, info.name
     if end != size:
         _refuse(f"{file} has {size} bytes, and its tensors end at byte {end}")
@@ -152,7 +156,9 @@ def _parse(file: str, raw: bytes) -> dict[str, Any]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except UnicodeDecodeError as e:
         _refuse(f"{file}: the header is not UTF-8 text (byte {8 + e.start})")
-    except (ValueError, RecursionError) as e:
+    except RecursionError:
+        _refuse(f"{file}: the header is nested too deeply")
+    except ValueError as e:
         _refuse(f"{file}: the header is not JSON ({e})")
     if not isinstance(header, dict):
         _refuse(f"{file}: the header is not a JSON object but {_show(header)}")

@@ -243,7 +243,8 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> Tightfit
         )
     if isinstance(error, errors.OfflineModeIsEnabled):
         return HubUnreachableError(
-            f"{repo_id} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the Hub",
+            f"{repo_id} is neither a local path nor in the local cache, and HF_HUB_OFFLINE forbids "
+            "to ask the Hub",
             hint="unset HF_HUB_OFFLINE, or give a local directory",
         )
     if isinstance(error, errors.EntryNotFoundError) and status is not None:
@@ -260,7 +261,7 @@ def _translate(error: Exception, repo_id: str, revision: str | None) -> Tightfit
 
 def _unreachable(error: Exception, repo_id: str, hub: str) -> TightfitError:
     if isinstance(error, TimeoutError) or "Timeout" in type(error).__name__:
-        reason = f"no answer in {_TIMEOUT_SECONDS:.0f} s"
+        reason = f"no answer in {_TIMEOUT_SECONDS:g} s"
     else:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return HubUnreachableError(
