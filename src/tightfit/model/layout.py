@@ -110,6 +110,12 @@ class Axis:
             )
         return share[0] * self.unit_rows, share[1] * self.unit_rows
 
+    def is_copy(self, rank: Rank) -> bool:
+        """Whether a lower rank of the same stage holds the same rows."""
+        groups = self.groups or self.units
+        copies = rank.parallel.tensor_parallel_size // groups
+        return self.replicated and copies > 1 and rank.tp_rank % copies > 0
+
     def in_blocks(self, block: int) -> "Axis":
         """The axis of the scales of blocks of `block` rows."""
         if self.unit_rows % block == 0:
@@ -192,6 +198,26 @@ class Weight:
         shape = (rows,) if self.columns is None else (rows, self._columns(rank)[1])
         return (self.experts, *shape) if self.experts else shape
 
+    def census(self, rank: Rank) -> "Census":
+        """Count the elements of `rank_shape` by why the rank holds them.
+
+        Raises:
+            LayoutError: the layout does not divide this weight.
+        """
+        elements = prod(self.rank_shape(rank))
+        row = elements // sum(self._rows(part, rank)[1] for part in self.parts)
+        whole = self.cut is Cut.NONE and rank.tp_rank > 0
+        padding = copies = 0
+        for part in self.parts:
+            first, rows = self._rows(part, rank)
+            present = max(0, min(rows, part.rows - first))
+            padding += (rows - present) * row
+            if whole or (self.cut is Cut.OUTPUT and part.axis and part.axis.is_copy(rank)):
+                copies += present * row
+        if self.where is Stage.BOTH_ENDS and rank.pp_rank > 0:
+            copies = elements - padding
+        return Census(elements=elements, padding=padding, copies=copies)
+
     def rank_tensor(self, rank: Rank, dtype: str) -> "RankTensor":
         """Cut for one rank; `dtype` is used unless the weight has its own.
 
@@ -239,6 +265,19 @@ class Weight:
         if self.cut is not Cut.INPUT or self.input_axis is None:
             return 0, self.columns
         return self.input_axis.span(rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Census:
+    """Elements of a weight on one rank.
+
+    Summed over all ranks, `elements - padding - copies` is what the checkpoint holds.
+    """
+
+    elements: int
+    padding: int
+    copies: int
+    """Held by a lower rank as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,218 @@
+"""Put a plan together: weights, the engine's own components, and the KV cache from what remains."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from tightfit.errors import UsageError
+from tightfit.model.layout import Parallel, Rank
+from tightfit.model.parameters import check_parallel, parameter_count
+from tightfit.model.spec import ModelSpec
+from tightfit.planner.devices import Device
+from tightfit.planner.engines.base import Engine
+from tightfit.planner.kv_cache import KVLayout
+from tightfit.planner.options import Option, PlanOptions, Resolved, model_max_len
+from tightfit.planner.plan import Component, KVPlan, ModelSummary, Plan, RankPlan, Verdict
+from tightfit.planner.weights import checkpoint_bytes, weights_component
+from tightfit.units import format_bytes
+
+
+def engine(options: PlanOptions) -> Engine:
+    """The engine that the options name.
+
+    Raises:
+        UsageError: no such engine.
+    """
+    if options.engine == "vllm":
+        from tightfit.planner.engines.vllm import VLLM
+
+        return VLLM()
+    if options.engine == "builtin":
+        from tightfit.planner.engines.builtin import Builtin
+
+        return Builtin(options.device)
+    raise UsageError(f"unknown --engine {options.engine!r}", hint="vllm or builtin")
+
+
+def make_plan(
+    spec: ModelSpec, options: PlanOptions, *, name: str, from_headers: bool = False
+) -> Plan:
+    """Plan the memory of every rank.
+
+    Raises:
+        LayoutError: the model cannot be cut that way.
+        UsageError: options that contradict each other or the model.
+    """
+    chosen = engine(options)
+    parallel = chosen.parallel(options)
+    check_parallel(spec, parallel)
+    resolved = chosen.resolve(spec, options)
+    fixed = [_Fixed.of(spec, rank, chosen, resolved) for rank in parallel.ranks()]
+    pool = _pool(options.device, parallel, chosen, resolved, fixed)
+    resolved = _fit(pool, options, resolved)
+    length: int = resolved.max_model_len.value
+    return Plan(
+        model=ModelSummary(
+            name=name,
+            architecture=spec.architecture,
+            params=parameter_count(spec),
+            checkpoint_bytes=checkpoint_bytes(spec),
+            weights_origin="headers" if from_headers else "shapes",
+        ),
+        engine=chosen.name,
+        engine_version=chosen.version,
+        entrypoint=options.entrypoint,
+        device=options.device,
+        options=resolved,
+        ranks=tuple(_rank_plan(one, pool, resolved) for one in fixed),
+        kv_cache=_kv_plan(pool, resolved),
+        verdict=_verdict(pool, chosen, length, model_max_len(spec)),
+        not_modelled=chosen.not_modelled,
+    )
+
+
+class _Fixed(NamedTuple):
+    """What a rank holds whatever the size of its pool."""
+
+    rank: Rank
+    components: tuple[Component, ...]
+    kv: KVLayout
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(component.planned_bytes for component in self.components)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, rank: Rank, engine: Engine, resolved: Resolved) -> "_Fixed":
+        weights = weights_component(spec, rank, resolved.dtype.value)
+        components = (weights, *engine.components(spec, rank, resolved))
+        return cls(rank, components, engine.kv_layout(spec, rank, resolved))
+
+
+class _Pool(NamedTuple):
+    """The KV pool: the rank with the fewest blocks decides for all."""
+
+    budget_bytes: int | None
+    worst: _Fixed
+    available_bytes: int | None
+    usable_blocks: int
+    num_blocks: int | None
+
+
+def _pool(
+    device: Device | None,
+    parallel: Parallel,
+    engine: Engine,
+    resolved: Resolved,
+    fixed: list[_Fixed],
+) -> _Pool:
+    explicit: int | None = resolved.kv_cache_memory_bytes.value
+    budget = None if device is None else engine.budget_bytes(device, parallel, resolved)
+    if budget is None and explicit is None:
+        worst = max(fixed, key=lambda one: one.total_bytes)
+        return _Pool(None, worst, None, 0, None)
+
+    def available(one: _Fixed) -> int:
+        if explicit is not None:
+            return explicit
+        assert budget is not None
+        return budget - one.total_bytes
+
+    worst = min(fixed, key=lambda one: available(one) // one.kv.bytes_per_block)
+    blocks = max(available(worst), 0) // worst.kv.bytes_per_block
+    blocks = engine.pool_blocks(blocks, worst.kv, resolved)
+    usable = max(blocks - engine.held_back_blocks, 0)
+    return _Pool(budget, worst, available(worst), usable, blocks)
+
+
+def _fit(pool: _Pool, options: PlanOptions, resolved: Resolved) -> Resolved:
+    """Resolve `max_model_len` -1 to the longest that every rank can hold."""
+    if options.max_model_len != -1 or pool.num_blocks is None:
+        return resolved
+    longest = pool.worst.kv.longest(pool.usable_blocks, resolved.max_model_len.value)
+    fitted = Option(value=max(longest, 1), origin="fitted")
+    return replace(resolved, max_model_len=fitted)
+
+
+def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved) -> RankPlan:
+    length = resolved.max_model_len.value
+    block_bytes = one.kv.bytes_per_block
+    if pool.num_blocks is None:
+        blocks = one.kv.blocks(length)
+        reason = f"{blocks:,} blocks for one sequence of {length:,} tokens"
+    else:
+        blocks = pool.num_blocks
+        reason = f"{blocks:,} blocks, as many as every rank can hold"
+    kv_cache = Component(
+        name="kv_cache",
+        planned_bytes=blocks * block_bytes,
+        origin="derived" if pool.num_blocks is None else "exact",
+        formula=f"{reason}, of {one.kv.block_size} tokens and {block_bytes:,} bytes each",
+    )
+    weights, *others = one.components
+    return RankPlan(
+        rank=one.rank.rank,
+        pp_rank=one.rank.pp_rank,
+        tp_rank=one.rank.tp_rank,
+        components=(weights, kv_cache, *others),
+        budget_bytes=pool.budget_bytes,
+    )
+
+
+def _kv_plan(pool: _Pool, resolved: Resolved) -> KVPlan:
+    kv = pool.worst.kv
+    length = resolved.max_model_len.value
+    reserved = kv.blocks(length)
+    concurrency = None if pool.num_blocks is None else pool.num_blocks / reserved
+    return KVPlan(
+        dtype=resolved.kv_cache_dtype.value,
+        block_size=kv.block_size,
+        bytes_per_block=kv.bytes_per_block,
+        bytes_per_token=kv.bytes_per_token,
+        available_bytes=None if pool.available_bytes is None else max(pool.available_bytes, 0),
+        num_blocks=pool.num_blocks,
+        tokens=None if concurrency is None else int(concurrency * length),
+        max_concurrency=concurrency,
+        minimum_bytes=kv.minimum_bytes(length),
+        reserved_bytes=reserved * kv.bytes_per_block,
+        all_full_bytes=kv.all_full_bytes(length),
+    )
+
+
+def _verdict(pool: _Pool, engine: Engine, length: int, limit: int) -> Verdict:
+    kv = pool.worst.kv
+    needed = kv.blocks(length) * kv.bytes_per_block
+    if pool.num_blocks is None:
+        total = pool.worst.total_bytes + needed
+        return Verdict(
+            fits=None,
+            reason=f"no device given: a rank needs {format_bytes(total)} for one sequence of "
+            f"{length:,} tokens",
+        )
+    assert pool.available_bytes is not None
+    usable = pool.usable_blocks
+    longest = kv.longest(usable, limit)
+    over = pool.budget_bytes is not None and pool.worst.total_bytes > pool.budget_bytes
+    if kv.blocks(length) <= usable and not over:
+        sequences = (pool.num_blocks or 0) / kv.blocks(length)
+        reason = (
+            f"{format_bytes(pool.available_bytes)} for the KV cache of each rank, "
+            f"{sequences:.2f} sequences of {length:,} tokens at once"
+        )
+        return Verdict(fits=True, reason=reason, max_model_len_that_fits=longest)
+    if pool.available_bytes <= 0 or over:
+        held = format_bytes(pool.worst.total_bytes)
+        reason = f"a rank holds {held} before any KV cache"
+        if pool.budget_bytes is not None:
+            reason += f", and its budget is {format_bytes(pool.budget_bytes)}"
+    else:
+        reason = (
+            f"one sequence of {length:,} tokens needs {format_bytes(needed)} of KV cache, and "
+            f"{format_bytes(pool.available_bytes)} are left"
+        )
+    usable_bytes = pool.available_bytes - engine.held_back_blocks * kv.bytes_per_block
+    return Verdict(
+        fits=False,
+        reason=reason,
+        engine_message=engine.refusal(needed, usable_bytes, longest, length),
+        max_model_len_that_fits=longest,
+    )

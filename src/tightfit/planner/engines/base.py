@@ -1,0 +1,53 @@
+"""What differs between engines, as one small interface."""
+
+from abc import ABC, abstractmethod
+
+from tightfit.model.layout import Parallel, Rank
+from tightfit.model.spec import ModelSpec
+from tightfit.planner.devices import Device
+from tightfit.planner.kv_cache import KVLayout
+from tightfit.planner.options import PlanOptions, Resolved
+from tightfit.planner.plan import Component
+
+
+class Engine(ABC):
+    """The memory model of one inference engine."""
+
+    name: str
+    version: str
+    not_modelled: tuple[str, ...]
+    """What this model leaves out, so that nobody takes it for zero."""
+    held_back_blocks: int = 0
+    """Blocks of the pool that no sequence can have."""
+
+    @abstractmethod
+    def parallel(self, options: PlanOptions) -> Parallel:
+        """The layout that the options ask for."""
+
+    @abstractmethod
+    def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:
+        """Every option that matters to memory, with its default filled in."""
+
+    @abstractmethod
+    def components(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> tuple[Component, ...]:
+        """Everything that a rank holds beside weights and KV cache."""
+
+    @abstractmethod
+    def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
+        """The blocks of a rank's KV cache."""
+
+    @abstractmethod
+    def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
+        """What a rank may use of its device."""
+
+    def pool_blocks(self, available_blocks: int, layout: KVLayout, resolved: Resolved) -> int:
+        """Blocks that the engine takes when so many are available."""
+        del layout, resolved
+        return available_blocks
+
+    def refusal(self, needed_bytes: int, available_bytes: int, longest: int, length: int) -> str:
+        """The error that the engine prints when a sequence of `length` does not fit."""
+        return (
+            f"one sequence of {length} tokens needs {needed_bytes} bytes of KV cache, and "
+            f"{available_bytes} are available; {longest} tokens would fit"
+        )

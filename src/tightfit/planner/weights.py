@@ -1,0 +1,54 @@
+"""The bytes of a rank's weights, exactly, from the shapes that `model` gives."""
+
+from collections.abc import Iterable
+from math import prod
+
+from tightfit.model.layout import Rank, Weight, on_rank
+from tightfit.model.parameters import parameter_count, parameters
+from tightfit.model.spec import ModelSpec
+from tightfit.planner.plan import Component
+from tightfit.units import dtype_bytes
+
+
+def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
+    """Bytes of all parameters of a rank when the engine computes in `dtype`.
+
+    `detail` says how much of it is padding, and how much a lower rank holds as well.
+
+    Raises:
+        LayoutError: the model cannot be cut that way.
+    """
+    total = padding = copies = 0
+    for weight in held(spec, rank):
+        size = dtype_bytes(weight.dtype or dtype)
+        census = weight.census(rank)
+        total += census.elements * size
+        padding += census.padding * size
+        copies += census.copies * size
+    ranks = rank.parallel.world_size
+    return Component(
+        name="weights",
+        planned_bytes=total,
+        origin="exact",
+        formula=(
+            f"{parameter_count(spec):,} parameters in {dtype}, cut for {ranks} "
+            f"rank{'s' if ranks > 1 else ''}: {total:,} bytes here, of which {padding:,} are "
+            f"padding and {copies:,} are copies of what a lower rank holds"
+        ),
+        detail={"padding_bytes": padding, "copied_bytes": copies},
+    )
+
+
+def held(spec: ModelSpec, rank: Rank) -> Iterable[Weight]:
+    """The weights of a rank's pipeline stage."""
+    return (weight for weight in parameters(spec) if on_rank(weight, rank, spec.num_layers))
+
+
+def checkpoint_bytes(spec: ModelSpec) -> int:
+    """Bytes of all tensors that a checkpoint of this model holds, in the config's dtype."""
+    return sum(
+        dtype_bytes(weight.dtype or spec.dtype)
+        * max(weight.experts, 1)
+        * sum(prod((part.rows, weight.columns or 1)) for part in weight.parts)
+        for weight in parameters(spec)
+    )
