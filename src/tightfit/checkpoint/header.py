@@ -173,48 +173,57 @@ def _check_metadata(file: str, metadata: Any) -> None:
 
 
 def _tensor(file: str, name: str, entry: Any, data_start: int, data_bytes: int) -> TensorInfo:
-    where = f"{file}: tensor {_show(name)}"
-    # JSON can spell half of a surrogate pair, which no file and no terminal can hold.
-    if not name.isascii() and not name.isprintable():
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            _refuse(f"{where} has a name that is not Unicode text")
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        _refuse(f"{where} has no dtype, shape and data_offsets: {_show(entry)}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _refuse(
-            f"{where} has the unknown dtype {_show(dtype)}", f"known are {', '.join(DTYPE_BITS)}"
-        )
-    if not _are_sizes(shape):
-        _refuse(f"{where} has the impossible shape {_show(shape)}")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(f"{where} has impossible data_offsets {_show(offsets)}")
-    start, stop = offsets
-    if stop > data_bytes:
-        _refuse(
-            f"{where} ends at byte {stop} of the data, and the file holds {data_bytes}: "
-            "it is truncated"
-        )
-    bits = _bits(shape, DTYPE_BITS[dtype], limit=8 * data_bytes + 64)
-    if bits != 8 * (stop - start):
-        _refuse(
-            f"{where} of dtype {dtype} and shape {_show(shape)} does not take the "
-            f"{stop - start} bytes that its data_offsets {offsets} give it"
-        )
+    if problem := _problem(name, entry, data_bytes):
+        message, hint = problem
+        _refuse(f"{file}: tensor {_show(name)} {message}", hint)
+    start, stop = entry["data_offsets"]
     return TensorInfo(
         name=name,
-        dtype=dtype,
-        shape=tuple(shape),
+        dtype=entry["dtype"],
+        shape=tuple(entry["shape"]),
         file=file,
         offset=data_start + start,
         nbytes=stop - start,
     )
 
 
+def _problem(name: str, entry: Any, data_bytes: int) -> tuple[str, str] | None:
+    """What is wrong with one tensor's entry, and the hint; None if nothing is."""
+    # JSON can spell half of a surrogate pair, which no file and no terminal can hold.
+    if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+        return "has a name that is not Unicode text", _DOWNLOAD_AGAIN
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        return f"has no dtype, shape and data_offsets: {_show(entry)}", _DOWNLOAD_AGAIN
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        return f"has the unknown dtype {_show(dtype)}", f"known are {', '.join(DTYPE_BITS)}"
+    if not _are_sizes(shape):
+        return f"has the impossible shape {_show(shape)}", _DOWNLOAD_AGAIN
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"has impossible data_offsets {_show(offsets)}", _DOWNLOAD_AGAIN
+    start, stop = offsets
+    if stop > data_bytes:
+        return (
+            f"ends at byte {stop} of the data, and the file holds {data_bytes}: it is truncated",
+            _DOWNLOAD_AGAIN,
+        )
+    if _bits(shape, DTYPE_BITS[dtype], limit=8 * data_bytes + 64) != 8 * (stop - start):
+        return (
+            f"of dtype {dtype} and shape {_show(shape)} does not take the {stop - start} bytes "
+            f"that its data_offsets {offsets} give it",
+            _DOWNLOAD_AGAIN,
+        )
+    return None
+
+
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    if not isinstance(values, list):
+        return False
+    # A loop, because headers have tens of thousands of these and a generator costs more.
+    for value in values:  # noqa: SIM110
+        if type(value) is not int or value < 0:
+            return False
+    return True
 
 
 def _bits(shape: list[int], bits: int, *, limit: int) -> int:
