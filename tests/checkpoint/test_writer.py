@@ -256,14 +256,23 @@ def test_a_real_interrupt_while_writing(tmp_path):
     assert tree(tmp_path) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_no_permission(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
-    with (
-        pytest.raises(OutputError, match="Permission denied"),
-        OutputDirectory(tmp_path / "closed" / "out"),
-    ):
-        pass
+    code = (
+        "import os, sys\n"
+        "from tightfit.checkpoint.writer import OutputDirectory\n"
+        "from tightfit.errors import OutputError\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"
+        "try:\n"
+        "    with OutputDirectory(sys.argv[1]): pass\n"
+        "except OutputError as e: print(e)\n"
+    )
+    out = tmp_path / "closed" / "out"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True
+    )
+    assert process.stdout == f"cannot write {out}: Permission denied\n"
+    assert tree(tmp_path) == ["closed"]
 
 
 def test_free_space_is_checked_for_paths_that_do_not_exist_yet(tmp_path, monkeypatch):

@@ -221,7 +221,7 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _is_cache_repo(path: Path) -> bool:
-    return path.name.startswith("models--") and (path / "snapshots").is_dir()
+    return path.name.startswith("models--") and os.path.isdir(path / "snapshots")
 
 
 def _snapshot(repo: Path, revision: str | None) -> Path:

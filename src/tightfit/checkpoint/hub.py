@@ -67,7 +67,7 @@ class HubSource:
 
                 # By the user's name for the revision, so that the cache learns what it means.
                 local = hf_hub_download(self._repo_id, path, revision=self._revision)
-            return Path(local).read_bytes()[start:stop]
+                return Path(local).read_bytes()[start:stop]
         stop = self.size(path) if stop is None else min(stop, self.size(path))
         return self._read_range(path, start, stop) if start < stop else b""
 
@@ -116,10 +116,12 @@ def resolve_snapshot(repo: Path, revision: str | None) -> Path | None:
     revision = revision or "main"
     if ".." in revision.split("/") or os.path.isabs(revision):
         return None
-    ref = repo / "refs" / revision
-    commit = ref.read_text().strip() if ref.is_file() else revision
+    try:
+        commit = (repo / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        commit = revision
     snapshot = repo / "snapshots" / commit
-    return snapshot if "/" not in commit and snapshot.is_dir() else None
+    return snapshot if commit and "/" not in commit and os.path.isdir(snapshot) else None
 
 
 def download(repo_id: str, revision: str | None = None) -> Path:

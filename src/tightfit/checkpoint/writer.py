@@ -64,10 +64,12 @@ class OutputDirectory:
 
     def __enter__(self) -> Self:
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"the output {path} is an existing file", hint="give a new directory")
         try:
             with self._errors(path, 0):
+                if path.exists() and not path.is_dir():
+                    raise OutputError(
+                        f"the output {path} is an existing file", hint="give a new directory"
+                    )
                 if path.is_dir() and any(path.iterdir()):
                     raise OutputError(
                         f"the output directory {path} is not empty",
