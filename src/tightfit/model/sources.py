@@ -78,7 +78,8 @@ def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) ->
                 "quantization_config",
                 hint="config.json and the weights belong to different models",
             )
-    unknown = [name for name in tensors if name not in expected and not _BUFFERS.search(name)]
+    known = {"lm_head.weight", *expected} if spec.tie_word_embeddings else expected.keys()
+    unknown = [name for name in tensors if name not in known and not _BUFFERS.search(name)]
     if unknown:
         raise CheckpointError(
             f"{where} holds the tensor {unknown[0]!r}{_and_more(unknown)}, which "

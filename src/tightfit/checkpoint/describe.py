@@ -1,0 +1,81 @@
+"""What model a checkpoint holds: its config, held against its headers where it has weights."""
+
+from dataclasses import dataclass
+
+from tightfit.checkpoint.checkpoint import Checkpoint
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import CheckpointError
+from tightfit.model.families import model_spec
+from tightfit.model.sources import check_sources, untied
+from tightfit.model.spec import ModelSpec
+
+_CHUNK_BYTES = 2**23
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """A model, and whether its weights were seen (by their headers) or only promised."""
+
+    spec: ModelSpec
+    from_headers: bool
+
+
+def describe(checkpoint: Checkpoint) -> Description:
+    """Describe the model of a checkpoint, and check its tensors if it has any.
+
+    Raises:
+        ConfigError: config.json is wrong.
+        UnsupportedModelError: the architecture is not modelled.
+        CheckpointError: a tensor is missing, or is not what config.json says.
+    """
+    spec = model_spec(checkpoint.config)
+    if not checkpoint.has_weights:
+        return Description(spec=spec, from_headers=False)
+    tensors = checkpoint.tensors()
+    if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, tensors):
+        # Fine-tuning and quantizing leave such checkpoints, and vLLM unties them as well.
+        spec = untied(spec, tensors)
+    check_sources(spec, tensors, checkpoint.name)
+    return Description(spec=spec, from_headers=True)
+
+
+def require_weights(checkpoint: Checkpoint, command: str) -> None:
+    """Refuse a checkpoint without safetensors.
+
+    Raises:
+        CheckpointError: it has none, or is a sharded one.
+    """
+    if checkpoint.has_weights:
+        return
+    if checkpoint.is_sharded:
+        raise CheckpointError(
+            f"{checkpoint.name} is sharded, and `tightfit {command}` needs a plain checkpoint",
+            hint="give the model that it was made from",
+        )
+    if checkpoint.unusable_weights:
+        raise CheckpointError(
+            f"{checkpoint.name} has its weights in {checkpoint.unusable_weights[0]!r}, and "
+            "tightfit reads safetensors only",
+            hint="load it with transformers and save_pretrained() it, which writes safetensors",
+        )
+    raise CheckpointError(
+        f"{checkpoint.name} has no weights",
+        hint="give the directory that holds config.json and the .safetensors files",
+    )
+
+
+def _tables_are_equal(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> bool:
+    """Whether `lm_head.weight` is the embedding once more, which vLLM ties again after loading."""
+    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+    if embedding is None or (head.dtype, head.nbytes) != (embedding.dtype, embedding.nbytes):
+        return False
+    if checkpoint.source.local_path(head.file) is None:
+        return False
+
+    def chunk(tensor: TensorInfo, at: int) -> bytes:
+        stop = min(at + _CHUNK_BYTES, tensor.nbytes)
+        return checkpoint.source.read(tensor.file, tensor.offset + at, tensor.offset + stop)
+
+    return all(
+        chunk(head, at) == chunk(embedding, at) for at in range(0, head.nbytes, _CHUNK_BYTES)
+    )

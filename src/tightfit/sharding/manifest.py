@@ -1,0 +1,252 @@
+"""`tightfit-manifest.json`: what is in a sharded checkpoint, where each byte came from, checksums.
+
+Engines ignore it. It is written last, so that a directory with a manifest is a complete one.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from tightfit import __version__
+from tightfit.checkpoint.files import MANIFEST
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import VerificationError
+from tightfit.model.layout import Parallel, Piece
+from tightfit.sharding.parts import Part
+
+FORMAT = 1
+_LARGEST_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor of a rank's file: its place, its checksum, and the source boxes that fill it.
+
+    `xxh3` is the 128-bit XXH3 of its bytes. Bytes that no piece covers hold `fill`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    xxh3: str
+    fill: float
+    pieces: tuple[Piece, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Compact: a piece is [source, source shape, start, shape, at]."""
+        return {
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "offset": self.offset,
+            "nbytes": self.nbytes,
+            "xxh3": self.xxh3,
+            "fill": self.fill,
+            "pieces": [[p.source, p.source_shape, p.start, p.shape, p.at] for p in self.pieces],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFile:
+    """One part of one rank."""
+
+    name: str
+    rank: int
+    nbytes: int
+    tensors: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The whole of a sharded checkpoint."""
+
+    tightfit: str
+    layout: str
+    architecture: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    source_name: str
+    source_fingerprint: str
+    files: tuple[StoredFile, ...]
+
+    def rank_files(self, rank: int) -> tuple[StoredFile, ...]:
+        """The parts of one rank."""
+        return tuple(file for file in self.files if file.rank == rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document."""
+        return {
+            "format": FORMAT,
+            "tightfit": self.tightfit,
+            "layout": self.layout,
+            "architecture": self.architecture,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "pipeline_parallel_size": self.pipeline_parallel_size,
+            "source": {"name": self.source_name, "fingerprint": self.source_fingerprint},
+            "files": [
+                {
+                    "name": file.name,
+                    "rank": file.rank,
+                    "nbytes": file.nbytes,
+                    "tensors": {tensor.name: tensor.to_json() for tensor in file.tensors},
+                }
+                for file in self.files
+            ],
+        }
+
+
+def make_manifest(
+    *,
+    layout: str,
+    architecture: str,
+    parallel: Parallel,
+    source_name: str,
+    source_fingerprint: str,
+    parts: Sequence[Part],
+    checksums: Mapping[tuple[str, str], str],
+) -> Manifest:
+    """Describe finished parts; `checksums` are by file and tensor name."""
+    files = tuple(
+        StoredFile(
+            name=part.name,
+            rank=part.rank.rank,
+            nbytes=part.nbytes,
+            tensors=tuple(
+                StoredTensor(
+                    name=one.tensor.name,
+                    dtype=one.tensor.dtype,
+                    shape=one.tensor.shape,
+                    offset=one.offset,
+                    nbytes=one.tensor.nbytes,
+                    xxh3=checksums[part.name, one.tensor.name],
+                    fill=one.tensor.fill,
+                    pieces=one.tensor.pieces,
+                )
+                for one in part.placed
+            ),
+        )
+        for part in parts
+    )
+    return Manifest(
+        tightfit=__version__,
+        layout=layout,
+        architecture=architecture,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        source_name=source_name,
+        source_fingerprint=source_fingerprint,
+        files=files,
+    )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of a sharded checkpoint.
+
+    Raises:
+        VerificationError: there is none, or it is not one of ours.
+    """
+    path = directory / MANIFEST
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise _not_ours(path, "it is larger than any manifest")
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise VerificationError(
+            f"{directory} has no {MANIFEST}: it is not a complete output of `tightfit shard`",
+            hint="run `tightfit shard` again",
+        ) from None
+    except OSError as error:
+        raise VerificationError(
+            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _not_ours(path, f"it is not JSON ({error})") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise _not_ours(path, f"its format is not {FORMAT}")
+    try:
+        return _parse(document)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_ours(path, f"{type(error).__name__}: {error}") from None
+
+
+def source_fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
+    """A hash of names, dtypes, shapes and places of all tensors: tells checkpoints apart fast."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        info = tensors[name]
+        line = f"{name}\0{info.dtype}\0{info.shape}\0{info.file}\0{info.offset}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def _parse(document: Mapping[str, Any]) -> Manifest:
+    files = tuple(
+        StoredFile(
+            name=_text(file["name"]),
+            rank=_size(file["rank"]),
+            nbytes=_size(file["nbytes"]),
+            tensors=tuple(_tensors(file["tensors"])),
+        )
+        for file in document["files"]
+    )
+    return Manifest(
+        tightfit=_text(document["tightfit"]),
+        layout=_text(document["layout"]),
+        architecture=_text(document["architecture"]),
+        tensor_parallel_size=_size(document["tensor_parallel_size"]) or _wrong(0),
+        pipeline_parallel_size=_size(document["pipeline_parallel_size"]) or _wrong(0),
+        source_name=_text(document["source"]["name"]),
+        source_fingerprint=_text(document["source"]["fingerprint"]),
+        files=files,
+    )
+
+
+def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]:
+    for name, entry in entries.items():
+        yield StoredTensor(
+            name=name,
+            dtype=_text(entry["dtype"]),
+            shape=_sizes(entry["shape"]),
+            offset=_size(entry["offset"]),
+            nbytes=_size(entry["nbytes"]),
+            xxh3=_text(entry["xxh3"]),
+            fill=float(entry["fill"]),
+            pieces=tuple(
+                Piece(
+                    source=_text(source),
+                    source_shape=_sizes(source_shape),
+                    start=_sizes(start),
+                    shape=_sizes(shape),
+                    at=_sizes(at),
+                )
+                for source, source_shape, start, shape, at in entry["pieces"]
+            ),
+        )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else _wrong(value)
+
+
+def _size(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else _wrong(value)
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    return tuple(_size(value) for value in values)
+
+
+def _wrong(value: Any) -> Any:
+    raise ValueError(f"unexpected {value!r:.40}")
+
+
+def _not_ours(path: Path, why: str) -> VerificationError:
+    return VerificationError(
+        f"{path} is damaged or of another version of tightfit: {why}",
+        hint="run `tightfit shard` again",
+    )

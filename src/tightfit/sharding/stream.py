@@ -1,0 +1,185 @@
+"""Carry out copies with a few megabytes of memory, every source byte read once."""
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from tightfit.checkpoint.source import Source
+from tightfit.errors import CheckpointError
+from tightfit.sharding.copies import Copy, TensorCopies
+
+BUFFER_BYTES = 2**23
+_MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX") if "SC_IOV_MAX" in os.sysconf_names else 16, 1024)
+_NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+class SourceFiles:
+    """The source files of a job: opened once, and checked for change at the end.
+
+    Reads go through a file descriptor where the source is local, and through `Source.read` where it
+    is not.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._descriptors: dict[str, int] = {}
+        self._states: dict[str, tuple[int, int]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "SourceFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def descriptor(self, file: str) -> int | None:
+        """A descriptor of a local file; None for a remote one."""
+        if file in self._descriptors:
+            return self._descriptors[file]
+        path = self._source.local_path(file)
+        if path is None:
+            return None
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
+            ) from error
+        self._stack.callback(os.close, fd)
+        self._descriptors[file] = fd
+        self._states[file] = _state(fd)
+        return fd
+
+    def read(self, file: str, start: int, stop: int) -> bytes:
+        """Exactly the bytes from `start` to `stop`.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        fd = self.descriptor(file)
+        if fd is None:
+            data = self._source.read(file, start, stop)
+        else:
+            data = os.pread(fd, stop - start, start)
+        if len(data) != stop - start:
+            raise ended_early(file, start + len(data))
+        return data
+
+    def check_unchanged(self) -> None:
+        """Refuse to vouch for a copy of files that were written to meanwhile.
+
+        Raises:
+            CheckpointError: size or modification time of a source file has changed.
+        """
+        for file, fd in self._descriptors.items():
+            if _state(fd) != self._states[file]:
+                raise CheckpointError(
+                    f"{self._source.label}: {file!r} changed while it was read",
+                    hint="wait until nobody writes to the source, then start again",
+                )
+
+
+def run_copies(
+    groups: Sequence[TensorCopies],
+    files: SourceFiles,
+    targets: Sequence[int],
+    progress: Callable[[int], None],
+) -> None:
+    """Copy everything; `targets` are the descriptors of the parts, `progress` gets bytes written.
+
+    Raises:
+        CheckpointError: a source file ends before its header says so.
+        OSError: a target cannot be written.
+    """
+    for group in groups:
+        strided: list[Copy] = []
+        for copy in group.copies:
+            if copy.rows > 1:
+                strided.append(copy)
+            else:
+                _copy_range(group.source.file, copy, files, targets[copy.target], progress)
+        if strided:
+            _copy_rows(group, strided, files, targets, progress)
+
+
+def _copy_range(
+    file: str, copy: Copy, files: SourceFiles, target: int, progress: Callable[[int], None]
+) -> None:
+    source = files.descriptor(file)
+    done = 0
+    while done < copy.nbytes:
+        wanted = min(copy.nbytes - done, 8 * BUFFER_BYTES)
+        copied = 0
+        if source is not None:
+            try:
+                copied = os.copy_file_range(
+                    source, target, wanted, copy.source_offset + done, copy.target_offset + done
+                )
+            except OSError as error:
+                if error.errno not in _NOT_IN_KERNEL:
+                    raise
+                source = None
+            else:
+                if copied == 0:
+                    raise ended_early(file, copy.source_offset + done)
+        if source is None:
+            start = copy.source_offset + done
+            data = files.read(file, start, start + min(wanted, BUFFER_BYTES))
+            copied = len(data)
+            write_all(target, [memoryview(data)], copy.target_offset + done)
+        done += copied
+        progress(copied)
+
+
+def _copy_rows(
+    group: TensorCopies,
+    copies: Sequence[Copy],
+    files: SourceFiles,
+    targets: Sequence[int],
+    progress: Callable[[int], None],
+) -> None:
+    """Read the rows once, in blocks, and gather every rank's slices from them."""
+    rows, stride = copies[0].rows, copies[0].source_stride
+    first_row = (copies[0].source_offset - group.source.offset) // stride
+    base = group.source.offset + first_row * stride
+    assert all(copy.rows == rows and copy.source_stride == stride for copy in copies)
+    block = max(1, BUFFER_BYTES // stride)
+    for first in range(0, rows, block):
+        count = min(block, rows - first)
+        start = base + first * stride
+        data = memoryview(files.read(group.source.file, start, start + count * stride))
+        for copy in copies:
+            column = copy.source_offset - base
+            slices = [
+                data[at : at + copy.row_bytes]
+                for at in range(column, column + count * stride, stride)
+            ]
+            write_all(targets[copy.target], slices, copy.target_offset + first * copy.row_bytes)
+            progress(count * copy.row_bytes)
+
+
+def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Write buffers one after the other, in as few system calls as possible."""
+    for i in range(0, len(buffers), _MOST_BUFFERS):
+        batch = list(buffers[i : i + _MOST_BUFFERS])
+        while batch:
+            written = os.pwritev(fd, batch, offset)
+            offset += written
+            while batch and written >= len(batch[0]):
+                written -= len(batch.pop(0))
+            if written:
+                batch[0] = batch[0][written:]
+
+
+def ended_early(file: str, at: int) -> CheckpointError:
+    """A source file that is shorter than its header says."""
+    return CheckpointError(
+        f"{file} ends at byte {at}, in the middle of a tensor",
+        hint="the file is incomplete or was truncated meanwhile; download it again",
+    )
+
+
+def _state(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
