@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from hub_server import HubServer
 from safetensors.numpy import save
+
+from support.hub_server import HubServer
 
 CLIENT = """
 import json, sys

@@ -1,9 +1,9 @@
-"""Tiny seeded checkpoints of every family, written by transformers: the oracle writes its own input.
+"""Tiny seeded checkpoints of every family, written by transformers, which is the oracle as well.
 
-The shapes are chosen to show mistakes: an odd vocabulary (padding is visible), KV heads that must be
-replicated, a head_dim unlike hidden/heads, biases and norms that are not trivially zero or one, and
-two layers so that layer numbers matter. `head_dim` is a multiple of 32 because vLLM's CPU attention
-demands it.
+The shapes are chosen to show mistakes: an odd vocabulary (padding is visible), KV heads that must
+be replicated, a head_dim unlike hidden/heads, biases and norms that are not trivially zero or one,
+and several layers so that their numbers matter. `head_dim` is a multiple of 32 because vLLM's CPU
+attention demands it.
 """
 
 import argparse

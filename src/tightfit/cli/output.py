@@ -1,0 +1,124 @@
+"""What the commands print: data on stdout, everything else on stderr.
+
+rich is imported only when something is drawn; it honours NO_COLOR, TERM and the width itself.
+"""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import typer
+
+from tightfit.errors import ExitCode, TightfitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors that a user can cause into one line, a hint and an exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except TightfitError as error:
+            print_error(error)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+        except BrokenPipeError:
+            # The reader has what it wanted: `tightfit plan ... | head`.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(ExitCode.OK) from None
+
+    return wrapper
+
+
+def print_error(error: TightfitError) -> None:
+    """One line that says what happened, one that says what to do."""
+    print(f"error: {_one_line(error.message)}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """Names come from files: no control character of theirs reaches the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def print_json(document: Any) -> None:
+    """The one document of a `--json` run."""
+    json.dump(document, sys.stdout, indent=1, allow_nan=False)
+    print()
+
+
+def warn(text: str) -> None:
+    """Something that the user should know and that stops nothing."""
+    print(f"warning: {_one_line(text)}", file=sys.stderr)
+
+
+def console(*, stderr: bool = False, record: bool = False) -> "Console":
+    """A rich console; piped output is as wide as a page, whatever the terminal is."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 100
+    return Console(stderr=stderr, record=record, width=width, highlight=False)
+
+
+class NoProgress:
+    """Progress for pipes, logs and `--quiet`: nothing."""
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """Ignore."""
+
+    def advance(self, nbytes: int) -> None:
+        """Ignore."""
+
+
+class BarProgress(NoProgress):
+    """A bar per phase, with bytes per second and the time left."""
+
+    def __init__(self, bars: "RichProgress") -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        """Begin a new bar."""
+        self._task = self._bars.add_task(name, total=total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        """Move the bar."""
+        if self._task is not None:
+            self._bars.advance(self._task, nbytes)
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[NoProgress]:
+    """Bars on stderr if that is a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield NoProgress()
+        return
+    from rich import progress as bars
+
+    with bars.Progress(
+        bars.TextColumn("{task.description:>10}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(binary_units=True),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+        console=console(stderr=True),
+        transient=True,
+    ) as shown:
+        yield BarProgress(shown)

@@ -1,0 +1,155 @@
+"""The human view of a plan: the verdict first, a stacked bar per rank, a table of components."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tightfit.planner.plan import Plan, RankPlan
+from tightfit.units import GiB, format_bytes
+
+_COLORS = {
+    "weights": "dodger_blue2",
+    "kv_cache": "green3",
+    "activations": "orange3",
+    "logits_and_sampler": "gold3",
+    "persistent_buffers": "medium_purple",
+    "process_baseline": "grey50",
+    "cuda_graphs": "deep_pink3",
+}
+_OTHER = "grey70"
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """Print a plan."""
+    console.print(_verdict(plan))
+    console.print(_subject(plan), style="dim")
+    console.print()
+    for group in alike(plan.ranks):
+        console.print(_bar(group, console.width))
+    console.print()
+    measured = any(c.measured_bytes is not None for r in plan.ranks for c in r.components)
+    for group in alike(plan.ranks):
+        console.print(_table(group, measured=measured))
+    _notes(plan, console)
+
+
+def alike(ranks: Sequence[RankPlan]) -> list[list[RankPlan]]:
+    """Ranks that hold the same bytes, together: they are shown once."""
+    groups: dict[tuple[tuple[str, int, int | None], ...], list[RankPlan]] = {}
+    for rank in ranks:
+        key = tuple((c.name, c.planned_bytes, c.measured_bytes) for c in rank.components)
+        groups.setdefault(key, []).append(rank)
+    return list(groups.values())
+
+
+def _verdict(plan: Plan) -> Text:
+    fits = plan.verdict.fits
+    words = {
+        True: ("fits", "bold green"),
+        False: ("does not fit", "bold red"),
+        None: ("needs", "bold"),
+    }
+    word, style = words[fits]
+    return Text.assemble((word, style), ": ", plan.verdict.reason)
+
+
+def _subject(plan: Plan) -> str:
+    options = plan.options
+    ranks = len(plan.ranks)
+    device = f" on {ranks} × {plan.device.name}" if plan.device else ""
+    return escape(
+        f"{plan.model.name} ({plan.model.architecture}, {plan.model.params / 1e9:.2f}B parameters) "
+        f"with {plan.engine} {plan.engine_version}{device}; "
+        f"max_model_len {options.max_model_len.value:,}, "
+        f"max_num_seqs {options.max_num_seqs.value:,}, "
+        f"max_num_batched_tokens {options.max_num_batched_tokens.value:,}"
+    )
+
+
+def _name(group: Sequence[RankPlan]) -> str:
+    first, last = group[0].rank, group[-1].rank
+    if first == last:
+        return f"rank {first}"
+    if len(group) == last - first + 1:
+        return f"ranks {first}-{last}"
+    return "ranks " + ",".join(str(rank.rank) for rank in group)
+
+
+def _bar(group: Sequence[RankPlan], width: int) -> Text:
+    rank = group[0]
+    budget = rank.budget_bytes
+    total = max(rank.total_bytes, budget or 0, 1)
+    label = f"{_name(group):<10} "
+    tail = f" {format_bytes(rank.total_bytes)}"
+    if budget is not None:
+        tail += f" of {format_bytes(budget)}"
+    cells = max(10, width - len(label) - len(tail) - 1)
+    bar = Text(label)
+    drawn = done = 0
+    for component in rank.components:
+        done += component.planned_bytes
+        end = round(cells * done / total)
+        bar.append("█" * (end - drawn), style=_COLORS.get(component.name, _OTHER))
+        drawn = end
+    over = budget is not None and rank.total_bytes > budget
+    bar.append("░" * (cells - drawn), style="grey35")
+    bar.append(tail, style="bold red" if over else "")
+    return bar
+
+
+def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
+    rank = group[0]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    each = " (each)" if len(group) > 1 else ""
+    table.add_column(f"{_name(group)}{each}")
+    table.add_column("GiB", justify="right")
+    table.add_column("share", justify="right")
+    if measured:
+        table.add_column("measured", justify="right")
+        table.add_column("difference", justify="right")
+    table.add_column("how computed", overflow="fold")
+    whole = rank.budget_bytes or rank.total_bytes or 1
+    for component in rank.components:
+        color = _COLORS.get(component.name, _OTHER)
+        cells = [
+            Text.assemble(("■ ", color), component.name),
+            _gib(component.planned_bytes),
+            f"{component.planned_bytes / whole:.1%}",
+        ]
+        if measured:
+            cells += _measured(component.planned_bytes, component.measured_bytes)
+        how = Text(f"{component.origin}: {component.formula}", style="dim")
+        table.add_row(*cells, how)
+    return table
+
+
+def _measured(planned: int, measured: int | None) -> list[str]:
+    if measured is None:
+        return ["", ""]
+    return [_gib(measured), f"{(measured - planned) / 2**20:+,.1f} MiB"]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GiB:.3f}" if nbytes < 10 * GiB else f"{nbytes / GiB:.2f}"
+
+
+def _notes(plan: Plan, console: Console) -> None:
+    kv = plan.kv_cache
+    lines = [
+        f"KV cache: {kv.bytes_per_token:,} bytes per token and rank ({kv.dtype}), "
+        f"blocks of {kv.block_size} tokens"
+        + ("" if kv.num_blocks is None else f", {kv.num_blocks:,} blocks")
+    ]
+    longest = plan.verdict.max_model_len_that_fits
+    if longest is not None:
+        lines.append(f"Longest context that fits: {longest:,} tokens")
+    if plan.verdict.engine_message:
+        lines.append(f"{plan.engine} would say: {plan.verdict.engine_message}")
+    if plan.not_modelled:
+        lines.append("Not modelled yet, so leave room for: " + ", ".join(plan.not_modelled))
+    console.print()
+    for line in lines:
+        console.print(Text(line))

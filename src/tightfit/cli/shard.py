@@ -1,0 +1,108 @@
+"""`tightfit shard`: per-rank checkpoints for `--load-format sharded_state`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.cli import options as o
+from tightfit.cli.output import console, guarded, print_json, progress
+from tightfit.errors import UsageError
+from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
+from tightfit.sharding.shard import ShardJob, prepare
+from tightfit.sharding.shard import shard as write
+from tightfit.units import MiB, format_bytes, parse_bytes
+
+
+@guarded
+def shard(
+    model: o.Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    tensor_parallel_size: o.TensorParallelSize = 1,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
+    ] = "5GB",
+    layout: Annotated[
+        str, typer.Option(help="Engine that will load it: " + ", ".join(LAYOUTS) + ".")
+    ] = DEFAULT_LAYOUT,
+    dry_run: Annotated[
+        bool, typer.Option(help="Say what would be written, write nothing.")
+    ] = False,
+    revision: o.Revision = None,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Cut a checkpoint into one set of files per rank, byte for byte, without a GPU.
+
+    vLLM loads the result with --load-format sharded_state, and `tightfit run` with nothing.
+
+    Example: tightfit shard ./Qwen3-8B ./Qwen3-8B-tp2 --tensor-parallel-size 2
+    """
+    if not 1 <= tensor_parallel_size <= 1024:
+        raise UsageError(
+            f"--tensor-parallel-size {tensor_parallel_size} is out of range", hint="at least 1"
+        )
+    size = parse_bytes(max_shard_size)
+    if size < MiB:
+        raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
+    chosen = stored_layout(layout)
+    checkpoint = open_checkpoint(model, revision=revision, download=not dry_run)
+    job = prepare(
+        checkpoint, chosen, tensor_parallel_size=tensor_parallel_size, max_shard_bytes=size
+    )
+    if not dry_run:
+        with progress(quiet=quiet) as bars:
+            write(job, out, bars)
+    if as_json:
+        print_json(_document(job, out, dry_run))
+    elif dry_run or not quiet:
+        _show(job, out, dry_run)
+
+
+def _document(job: ShardJob, out: Path, dry_run: bool) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "model": job.checkpoint.name,
+        "output": str(out),
+        "written": not dry_run,
+        "layout": job.layout.name,
+        "tensor_parallel_size": job.parallel.tensor_parallel_size,
+        "total_bytes": job.output_bytes,
+        "files": [
+            {
+                "name": part.name,
+                "rank": part.rank.rank,
+                "nbytes": part.nbytes,
+                "tensors": len(part.placed),
+            }
+            for part in job.parts
+        ],
+    }
+
+
+def _show(job: ShardJob, out: Path, dry_run: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("file")
+    table.add_column("tensors", justify="right")
+    table.add_column("size", justify="right")
+    for part in job.parts:
+        table.add_row(part.name, f"{len(part.placed):,}", format_bytes(part.nbytes))
+    page = console()
+    verb = "would write" if dry_run else "wrote"
+    ranks = job.parallel.world_size
+    summary = (
+        f"{verb} {len(job.parts)} files, {format_bytes(job.output_bytes)}, for {ranks} "
+        f"rank{'s' if ranks > 1 else ''} to {out}"
+    )
+    page.print(table)
+    page.print(Text(summary))
+    if job.layout.name.startswith("vllm") and not dry_run:
+        page.print(
+            Text(
+                f"next: vllm serve {out} --load-format sharded_state --tensor-parallel-size {ranks}"
+            )
+        )
