@@ -114,7 +114,7 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
     whole = rank.budget_bytes or rank.total_bytes or 1
     for component in rank.components:
         color = _COLORS.get(component.name, _OTHER)
-        cells = [
+        cells: list[str | Text] = [
             Text.assemble(("■ ", color), component.name),
             _gib(component.planned_bytes),
             f"{component.planned_bytes / whole:.1%}",

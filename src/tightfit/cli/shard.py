@@ -27,7 +27,7 @@ def shard(
         str, typer.Option(help="Engine that will load it: " + ", ".join(LAYOUTS) + ".")
     ] = DEFAULT_LAYOUT,
     dry_run: Annotated[
-        bool, typer.Option(help="Say what would be written, write nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
     ] = False,
     revision: o.Revision = None,
     quiet: o.Quiet = False,
@@ -101,8 +101,5 @@ def _show(job: ShardJob, out: Path, dry_run: bool) -> None:
     page.print(table)
     page.print(Text(summary))
     if job.layout.name.startswith("vllm") and not dry_run:
-        page.print(
-            Text(
-                f"next: vllm serve {out} --load-format sharded_state --tensor-parallel-size {ranks}"
-            )
-        )
+        flags = f"--load-format sharded_state --tensor-parallel-size {ranks}"
+        page.print(Text(f"next: vllm serve {out} {flags}"))

@@ -80,8 +80,8 @@ def prepare(
     try:
         check_parallel(spec, parallel)
     except LayoutError as error:
-        if layout.uneven:
-            raise
+        # This raises by itself if our own runtime cannot do it either.
+        check_parallel(spec, replace(parallel, uneven=True))
         hint = f"{error.hint}; or --layout builtin, which `tightfit run` loads"
         raise LayoutError(error.message, hint=hint) from None
     sources = checkpoint.tensors()
