@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tightfit.planner.plan import Plan, RankPlan
-from tightfit.units import GiB, format_bytes
+from tightfit.units import GiB, MiB, format_bytes
 
 _COLORS = {
     "weights": "dodger_blue2",
@@ -59,9 +59,15 @@ def _verdict(plan: Plan) -> Text:
 def _subject(plan: Plan) -> str:
     options = plan.options
     ranks = len(plan.ranks)
-    device = f" on {ranks} × {plan.device.name}" if plan.device else ""
+    device = ""
+    if plan.device is not None:
+        cpu = plan.device.kind == "cpu"
+        device = f" on {ranks} rank{'s' if ranks > 1 else ''} of a " if cpu else f" on {ranks} × "
+        device += plan.device.name
+    params = plan.model.params
+    count = f"{params / 1e9:.2f}B" if params >= 1e9 else f"{params / 1e6:.0f}M"
     return escape(
-        f"{plan.model.name} ({plan.model.architecture}, {plan.model.params / 1e9:.2f}B parameters) "
+        f"{plan.model.name} ({plan.model.architecture}, {count} parameters) "
         f"with {plan.engine} {plan.engine_version}{device}; "
         f"max_model_len {options.max_model_len.value:,}, "
         f"max_num_seqs {options.max_num_seqs.value:,}, "
@@ -105,7 +111,8 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
     each = " (each)" if len(group) > 1 else ""
     table.add_column(f"{_name(group)}{each}")
-    table.add_column("GiB", justify="right")
+    unit, size = ("GiB", GiB) if rank.total_bytes >= 4 * GiB else ("MiB", MiB)
+    table.add_column(unit, justify="right")
     table.add_column("share", justify="right")
     if measured:
         table.add_column("measured", justify="right")
@@ -116,24 +123,20 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
         color = _COLORS.get(component.name, _OTHER)
         cells: list[str | Text] = [
             Text.assemble(("■ ", color), component.name),
-            _gib(component.planned_bytes),
+            f"{component.planned_bytes / size:,.2f}",
             f"{component.planned_bytes / whole:.1%}",
         ]
         if measured:
-            cells += _measured(component.planned_bytes, component.measured_bytes)
+            cells += _measured(component.planned_bytes, component.measured_bytes, size)
         how = Text(f"{component.origin}: {component.formula}", style="dim")
         table.add_row(*cells, how)
     return table
 
 
-def _measured(planned: int, measured: int | None) -> list[str]:
+def _measured(planned: int, measured: int | None, size: int) -> list[str]:
     if measured is None:
         return ["", ""]
-    return [_gib(measured), f"{(measured - planned) / 2**20:+,.1f} MiB"]
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GiB:.3f}" if nbytes < 10 * GiB else f"{nbytes / GiB:.2f}"
+    return [f"{measured / size:,.2f}", f"{(measured - planned) / size:+,.2f}"]
 
 
 def _notes(plan: Plan, console: Console) -> None:

@@ -193,9 +193,9 @@ def _verdict(pool: _Pool, engine: Engine, length: int, limit: int) -> Verdict:
     longest = kv.longest(usable, limit)
     over = pool.budget_bytes is not None and pool.worst.total_bytes > pool.budget_bytes
     if kv.blocks(length) <= usable and not over:
-        sequences = (pool.num_blocks or 0) / kv.blocks(length)
+        sequences = pool.num_blocks / kv.blocks(length)
         reason = (
-            f"{format_bytes(pool.available_bytes)} for the KV cache of each rank, "
+            f"{format_bytes(pool.num_blocks * kv.bytes_per_block)} for the KV cache of a rank, "
             f"{sequences:.2f} sequences of {length:,} tokens at once"
         )
         return Verdict(fits=True, reason=reason, max_model_len_that_fits=longest)
