@@ -1,0 +1,26 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.tiny_models import make_tiny_model
+
+# The suite shares few cores with its own subprocesses, and its matrices are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TinyModel = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """Makes the tiny checkpoint of a name the first time it is asked for; nobody writes to it."""
+    root = tmp_path_factory.mktemp("tiny")
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = make_tiny_model(name, root / name)
+        return made[name]
+
+    return make

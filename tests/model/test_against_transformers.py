@@ -1,0 +1,95 @@
+"""Names, shapes, dtypes and counts of real models equal those of transformers' own modules."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from support.configs import MODELS, read_config
+from tightfit.model.families import architectures, model_spec
+from tightfit.model.parameters import parameter_count, parameters
+from tightfit.model.sources import source_shapes
+from tightfit.model.spec import ModelSpec
+from tightfit.planner.weights import checkpoint_bytes
+from tightfit.units import dtype_bytes
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]
+
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+
+
+def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
+    """Every tensor of transformers' model, and its number of parameters without scales."""
+    import torch
+    import transformers
+    from transformers.quantizers import AutoHfQuantizer
+
+    values = {key: config[key] for key in config if key != "model_type"}
+    quantization = values.pop("quantization_config", None)
+    hf_config = transformers.CONFIG_MAPPING[config["model_type"]](**values)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(
+            hf_config, dtype=hf_config.dtype or torch.float32
+        )
+        if quantization is not None:
+            quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
+            quantizer._process_model_before_weight_loading(model)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    found = {
+        name: (_DTYPES[str(p.dtype).removeprefix("torch.")], tuple(p.shape))
+        for name, p in parameters.items()
+    }
+    count = sum(p.numel() for name, p in parameters.items() if not name.endswith("_scale_inv"))
+    return found, count
+
+
+def ours(spec: ModelSpec) -> Tensors:
+    """Every tensor of a checkpoint, with experts stacked as transformers 5 holds them."""
+    shapes = source_shapes(spec)
+    found: Tensors = {}
+    for weight in parameters(spec):
+        dtype = weight.dtype or spec.dtype
+        if not weight.experts:
+            found |= {p.source: (dtype, shapes[p.source]) for p in weight.parts}
+            continue
+        members = [[p.source.format(expert=e) for p in weight.parts] for e in range(weight.experts)]
+        rows, columns = (sum(shapes[name][0] for name in members[0]), shapes[members[0][0]][1])
+        assert all(sum(shapes[n][0] for n in names) == rows for names in members)
+        fused = weight.name.replace("w13_weight", "gate_up_proj").replace("w2_weight", "down_proj")
+        found[fused] = (dtype, (weight.experts, rows, columns))
+    return {re.sub(r"\.block_sparse_moe\.", ".mlp.", name): value for name, value in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_models(name: str) -> None:
+    config = read_config(name)
+    spec = model_spec(config)
+    tensors, count = theirs(config)
+    assert ours(spec) == tensors
+    assert parameter_count(spec) == count
+    total = 0
+    for dtype, shape in tensors.values():
+        elements = 1
+        for extent in shape:
+            elements *= extent
+        total += dtype_bytes(dtype, elements)
+    assert checkpoint_bytes(spec) == total
+
+
+def test_every_architecture_has_a_real_model() -> None:
+    assert {read_config(name)["architectures"][0] for name in MODELS} == set(architectures())
+
+
+def test_counts_as_published() -> None:
+    published = {
+        "Llama-3.1-8B": 8_030_261_248,
+        "Llama-3.1-405B": 405_853_388_800,
+        "Mixtral-8x7B-v0.1": 46_702_792_704,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Qwen3-30B-A3B": 30_532_122_624,
+        "SmolLM2-135M": 134_515_008,
+        "gemma-2-2b-it": 2_614_341_888,
+    }
+    assert {n: parameter_count(model_spec(read_config(n))) for n in published} == published
