@@ -1,0 +1,106 @@
+"""Starting the ranks of a tensor parallel run, and noticing when one of them dies.
+
+The launcher is torch's own elastic agent, as behind `torchrun`: it runs the same command once per
+rank with RANK, WORLD_SIZE and MASTER_* set. So a rank does not know whether tightfit or a user's
+own torchrun started it. A rank never outlives its launcher, whatever kills that.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+
+from tightfit.errors import ExitCode, RankFailedError
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER_PID = "TIGHTFIT_LAUNCHER_PID"
+_TOLD_EXIT_CODES = frozenset(ExitCode) - {ExitCode.OK, ExitCode.FINDING}
+"""Exit codes of a rank that has already told the user what is wrong."""
+
+
+def is_rank() -> bool:
+    """Whether this process was started as a rank, by `launch_ranks` or by torchrun."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def follow_launcher() -> None:
+    """Make this rank die with its launcher, and at once when it is told to stop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        launcher = os.environ.get(_LAUNCHER_PID)
+        if launcher is not None and int(launcher) != os.getppid():
+            os._exit(ExitCode.INTERRUPTED)
+    # A rank that waits for a dead one inside a collective cannot run Python's signal handlers.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def launch_ranks(
+    command: Sequence[str], world_size: int, *, environment: Mapping[str, str] | None = None
+) -> int:
+    """Run `command` as `world_size` ranks of one job on this machine, and wait for them.
+
+    Args:
+        command: the program and its arguments, such as `[sys.executable, "-m", "tightfit", ...]`.
+        world_size: the number of ranks.
+        environment: variables for the ranks.
+
+    Returns:
+        The exit code: 0, or that of a rank that stopped with a message of its own; 130 after
+        Ctrl-C.
+
+    Raises:
+        RankFailedError: a rank was killed or crashed. The others are stopped by then.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
+    if sys.platform == "linux":
+        # Otherwise gloo looks up the host's name, which containers often cannot resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ[_LAUNCHER_PID] = str(os.getpid())
+    os.environ.update(environment or {})
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        launch_agent(config, command[0], list(command[1:]))
+    except ChildFailedError as error:
+        return _explain({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except (SignalException, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return ExitCode.OK
+
+
+def _explain(exit_codes: Mapping[int, int]) -> int:
+    """Find the cause among ranks that failed together: the others only lost their connection."""
+    for rank, code in exit_codes.items():
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "see the messages above"
+            if name == "SIGKILL":
+                hint = (
+                    "the kernel does that when memory runs out (see dmesg): lower "
+                    "--max-num-batched-tokens or the size of the KV cache"
+                )
+            raise RankFailedError(f"rank {rank} died ({name})", hint=hint)
+    for code in exit_codes.values():
+        if code in _TOLD_EXIT_CODES:
+            return code
+    rank, code = next(iter(exit_codes.items()))
+    raise RankFailedError(f"rank {rank} failed (exit code {code})", hint="see the messages above")

@@ -1,0 +1,199 @@
+"""Weights from files to a rank's parameters, one tensor at a time.
+
+Three sources give the same thing, a dictionary of parameters by name: rank files of `tightfit
+shard`, whose tensors are used where they lie in the file; a plain checkpoint, of which a rank reads
+the boxes that its `RankTensor`s name; or nothing but the shapes (`load_format` dummy). A tensor
+that must be cut, fused or converted is copied, and its pages in the file are given back at once, so
+loading never needs more than the weights and one tensor.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tightfit.checkpoint.checkpoint import Checkpoint
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import CheckpointError
+from tightfit.model.layout import Piece, RankTensor
+from tightfit.runtime.files import TORCH_DTYPES, TensorFile
+
+
+def load_rank_files(
+    files: Sequence[Path],
+    expected: Sequence[RankTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Load one rank's files.
+
+    Args:
+        files: all files of the rank.
+        expected: what must be in them, named as in the files (`model.stored.rank_tensors`).
+        dtype: what to compute in; tensors of another floating dtype are converted.
+        device: where to.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape or dtype than expected.
+    """
+    opened = {path.name: TensorFile(path) for path in files}
+    found = {name: info for file in opened.values() for name, info in file.tensors.items()}
+    kept: list[TensorInfo] = []
+    weights: dict[str, Tensor] = {}
+    for tensor in expected:
+        if tensor.parameter is None:
+            continue
+        where = ", ".join(path.name for path in files[:2]) + (", ..." if len(files) > 2 else "")
+        if tensor.name not in found:
+            raise CheckpointError(
+                f"{where or 'the checkpoint'} has no tensor {tensor.name!r}",
+                hint="these are not the files of this rank and model; run `tightfit verify`, or "
+                "shard again",
+            )
+        info = found[tensor.name]
+        if info.shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} in {info.file} has shape {list(info.shape)}, and this "
+                f"rank needs {list(tensor.shape)}",
+                hint="the files are of another model or tensor parallel size; shard again",
+            )
+        weights[tensor.parameter] = _take(opened[info.file], info, dtype, device, kept)
+    _settle(opened, kept)
+    return weights
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    expected: Sequence[RankTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Load a rank's share of a plain checkpoint.
+
+    Args:
+        checkpoint: with local files.
+        expected: the rank's tensors; the pieces say where their elements are.
+        dtype: what to compute in; tensors of another floating dtype are converted.
+        device: where to.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape than the config says.
+    """
+    tensors = checkpoint.tensors()
+    _check_sources(checkpoint, tensors, expected)
+    files: dict[str, TensorFile] = {}
+
+    def find(piece: Piece) -> tuple[TensorFile, TensorInfo]:
+        info = tensors[piece.source]
+        if info.file not in files:
+            path = checkpoint.source.local_path(info.file)
+            if path is None:
+                raise CheckpointError(
+                    f"{checkpoint.source.label} is not a local directory",
+                    hint="download the checkpoint first, and give its directory",
+                )
+            files[info.file] = TensorFile(path)
+        return files[info.file], info
+
+    kept: list[TensorInfo] = []
+    weights: dict[str, Tensor] = {}
+    for tensor in expected:
+        assert tensor.parameter is not None
+        if whole := _whole_source(tensor):
+            weights[tensor.parameter] = _take(*find(whole), dtype, device, kept)
+            continue
+        target = torch.full(tensor.shape, tensor.fill, dtype=dtype, device=device)
+        for piece in tensor.pieces:
+            file, info = find(piece)
+            source = _floating(file.view(info), info)
+            depth = len(tensor.shape) - len(piece.shape)
+            _box(target, piece.at, (1,) * depth + piece.shape).copy_(
+                _box(source, piece.start, piece.shape)
+            )
+            file.drop(info)
+        weights[tensor.parameter] = target
+    _settle(files, kept)
+    return weights
+
+
+def load_dummy(
+    expected: Sequence[RankTensor], *, dtype: torch.dtype, device: torch.device, seed: int
+) -> dict[str, Tensor]:
+    """Small random weights of the right shapes, from no files at all."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    weights: dict[str, Tensor] = {}
+    for tensor in expected:
+        assert tensor.parameter is not None
+        weight = torch.empty(tensor.shape, dtype=dtype, device=device)
+        weights[tensor.parameter] = weight.uniform_(-1e-3, 1e-3, generator=generator)
+    return weights
+
+
+def _whole_source(tensor: RankTensor) -> Piece | None:
+    """The piece of a tensor that is nothing but one whole source tensor."""
+    if len(tensor.pieces) != 1:
+        return None
+    piece = tensor.pieces[0]
+    return piece if piece.shape == piece.source_shape == tensor.shape else None
+
+
+def _take(
+    file: TensorFile,
+    info: TensorInfo,
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: list[TensorInfo],
+) -> Tensor:
+    """A whole tensor: where it lies if it can stay there, noted in `kept`; otherwise a copy."""
+    source = _floating(file.view(info), info)
+    aligned = info.offset % source.element_size() == 0
+    if source.dtype == dtype and device.type == "cpu" and aligned:
+        kept.append(info)
+        return source
+    target = torch.empty(info.shape, dtype=dtype, device=device)
+    target.copy_(source)
+    file.drop(info)
+    return target
+
+
+def _settle(files: Mapping[str, TensorFile], kept: Sequence[TensorInfo]) -> None:
+    for name, file in files.items():
+        file.settle([info for info in kept if info.file == name])
+
+
+def _floating(tensor: Tensor, info: TensorInfo) -> Tensor:
+    if tensor.dtype in (TORCH_DTYPES["F32"], TORCH_DTYPES["F16"], TORCH_DTYPES["BF16"]):
+        return tensor
+    raise CheckpointError(
+        f"tensor {info.name!r} in {info.file} has dtype {info.dtype}, not F32, F16 or BF16",
+        hint="the built-in runtime has no quantized layers; serve this checkpoint with vLLM",
+    )
+
+
+def _box(tensor: Tensor, start: Iterable[int], shape: Iterable[int]) -> Tensor:
+    for dimension, (first, length) in enumerate(zip(start, shape, strict=True)):
+        tensor = tensor.narrow(dimension, first, length)
+    return tensor
+
+
+def _check_sources(
+    checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], expected: Sequence[RankTensor]
+) -> None:
+    for tensor in expected:
+        for piece in tensor.pieces:
+            info = tensors.get(piece.source)
+            if info is None:
+                raise CheckpointError(
+                    f"{checkpoint.source.label} has no tensor {piece.source!r}, which its "
+                    "config.json implies",
+                    hint="config.json and weights are of different models, or files are missing",
+                )
+            if info.shape != piece.source_shape:
+                raise CheckpointError(
+                    f"tensor {info.name!r} in {info.file} has shape {list(info.shape)}, and its "
+                    f"config.json implies {list(piece.source_shape)}",
+                    hint="config.json and weights are of different models",
+                )

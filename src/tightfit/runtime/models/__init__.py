@@ -1,0 +1,1 @@
+"""One parametric decoder for every family: a `ModelSpec` says all that is different about them."""
