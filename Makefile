@@ -13,8 +13,11 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # uv does not read pip's variables, and a local wheel of torch should serve both.
+comma := ,
 space := $(subst ,, )
-export UV_FIND_LINKS ?= $(subst $(space),$(strip ,),$(strip $(PIP_FIND_LINKS)))
+ifneq ($(strip $(PIP_FIND_LINKS)),)
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(strip $(PIP_FIND_LINKS)))
+endif
 
 BIN := $(VENV)/bin
 SAY = @printf '\n== %s\n'
@@ -38,7 +41,11 @@ help:
 	@echo 'Variables: PYTHON=python3.12  PYTEST_ARGS="-k plan"  DEMO_ARGS=--tiny'
 	@echo '           PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"  (torch without CUDA)'
 
-# A stamp says that the installation it is named after is complete and newer than its inputs.
+# A stamp says that the installation it is named after is complete and newer than its inputs. An
+# environment does not survive a move of this directory, nor the removal of its Python.
+HEALTHY := $(shell test "$$(cat '$(VENV)/.created' 2>/dev/null)" = "$$PWD" \
+	&& '$(BIN)/python' -c '' 2>/dev/null || rm -f '$(VENV)/.created')
+
 $(VENV)/.created:
 	$(SAY) 'Creating the virtual environment $(VENV) (a few seconds)'
 	@test -n '$(PYTHON)' || { echo 'error: no Python 3.11 or newer was found'; \
@@ -46,9 +53,10 @@ $(VENV)/.created:
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo 'error: $(PYTHON) is not a Python of version 3.11 or newer'; \
 		echo 'hint: make PYTHON=/path/to/python3.12'; exit 2; } >&2
+	@rm -f '$(BIN)'/python*
 	@'$(PYTHON)' -m venv '$(VENV)' || { echo 'error: $(PYTHON) cannot create virtual environments'; \
 		echo 'hint: on Debian and Ubuntu: apt install python3-venv'; exit 2; } >&2
-	@touch '$@'
+	@pwd > '$@'
 
 # uv is some ten times faster where it is installed; -q unless somebody is looking.
 define install
@@ -109,4 +117,4 @@ test-vllm: $(VENV)/.dev $(VLLM_VENV)/.installed
 clean:
 	$(SAY) 'Removing $(VENV), $(VLLM_VENV) and the caches of the tools'
 	@rm -rf '$(VENV)' '$(VLLM_VENV)' build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	@find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

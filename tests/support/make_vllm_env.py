@@ -42,7 +42,6 @@ def main() -> int:
         return 2
     directory = Path(sys.argv[1])
     python = str(directory / "bin" / "python")
-    venv.create(directory, with_pip=True, clear=True)
     pip = [python, "-m", "pip"]
     quiet = [] if sys.stdout.isatty() else ["-q"]
     install = [*pip, "install"]
@@ -53,6 +52,7 @@ def main() -> int:
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
     try:
+        venv.create(directory, with_pip=True, clear=True)
         with tempfile.TemporaryDirectory() as scratch:
             print(f"downloading {VLLM}", flush=True)
             run(*pip, "download", *quiet, "--no-deps", "--dest", scratch, VLLM)
