@@ -33,14 +33,16 @@ class Config:
                 return self._values[key]
         return default
 
-    def integer(self, *keys: str, default: Any = _MISSING, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`."""
+    def integer(
+        self, *keys: str, default: Any = _MISSING, minimum: int = 1, maximum: int = _LARGEST
+    ) -> int:
+        """A whole number from `minimum` to `maximum`."""
         value = self._required(keys, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(keys, value, "a whole number")
-        if not minimum <= value <= _LARGEST:
+        if not minimum <= value <= maximum:
             raise self._wrong(keys, value, f"at least {minimum} and of a possible size")
         return value
 
@@ -50,6 +52,13 @@ class Config:
         if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise self._wrong(keys, value, "a finite number")
         return float(value)
+
+    def positive(self, *keys: str, default: Any = _MISSING) -> float:
+        """A finite number above zero."""
+        value = self.number(*keys, default=default)
+        if value <= 0:
+            raise self._wrong(keys, value, "above zero")
+        return value
 
     def boolean(self, *keys: str, default: bool = False) -> bool:
         """True or false."""
@@ -83,6 +92,16 @@ class Config:
             raise self._wrong((key,), value, "a list of whole numbers")
         return tuple(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers."""
+        value = self._required((key,), _MISSING)
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise self._wrong((key,), value, "a list of numbers")
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int | float) or not _finite(item):
+                raise self._wrong((key,), value, "a list of finite numbers")
+        return tuple(map(float, value))
+
     def section(self, key: str) -> "Config | None":
         """A nested object, or None when the key is absent."""
         value = self.raw(key)
@@ -96,7 +115,7 @@ class Config:
         """The checkpoint's dtype in safetensors' spelling; float32 when it is not said."""
         value = self.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")
         if value not in TORCH_DTYPES:
-            raise self._wrong(("dtype",), value, f"one of {', '.join(TORCH_DTYPES)}")
+            raise self._wrong(("dtype", "torch_dtype"), value, f"one of {', '.join(TORCH_DTYPES)}")
         return TORCH_DTYPES[value]
 
     def _required(self, keys: tuple[str, ...], default: Any) -> Any:
@@ -110,8 +129,9 @@ class Config:
 
     def _wrong(self, keys: tuple[str, ...], value: Any, wanted: str) -> ConfigError:
         shown = repr(value)
+        key = next((key for key in keys if self.has(key)), keys[0])
         return ConfigError(
-            f"{self.name} has {keys[0]} = {shown[:60]}, which should be {wanted}",
+            f"{self.name} has {key} = {shown[:60]}, which should be {wanted}",
             hint="correct the config.json, or download it again",
         )
 

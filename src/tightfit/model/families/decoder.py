@@ -12,6 +12,8 @@ from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.config import Config
 from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, MoE, Rope
 
+MOST_EXPERTS = 10_000
+"""More than any model has; bounded because every expert is a tensor of its own."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
 
 
@@ -35,15 +37,21 @@ def rope(
         raise UnsupportedModelError(
             f"rope_type {rope_type!r} is not modelled", hint=f"known: {', '.join(ROPE_TYPES)}"
         )
-    factors: dict[str, Any] = {key: scaling.raw(key) for key in _ROPE_FACTORS if scaling.has(key)}
-    factors["rope_type"] = "longrope" if rope_type == "su" else rope_type
+    kind_of_rope = "longrope" if rope_type == "su" else rope_type
+    factors = _rope_factors(scaling, kind_of_rope)
     if rope_type != "default" and "original_max_position_embeddings" not in factors:
-        original = config.raw("original_max_position_embeddings", "max_position_embeddings")
-        factors["original_max_position_embeddings"] = original
-    fraction = scaling.number(
-        "partial_rotary_factor", default=config.raw("partial_rotary_factor", default=1.0)
-    )
-    theta = scaling.number("rope_theta", default=config.raw("rope_theta", default=default_theta))
+        factors["original_max_position_embeddings"] = config.integer(
+            "original_max_position_embeddings", "max_position_embeddings", default=2048
+        )
+    holder = scaling if scaling.has("partial_rotary_factor") else config
+    fraction = holder.positive("partial_rotary_factor", default=1.0)
+    if fraction > 1:
+        raise ConfigError(
+            f"{holder.name} has partial_rotary_factor = {fraction}, which is more than the whole",
+            hint="correct the config.json",
+        )
+    holder = scaling if scaling.has("rope_theta") else config
+    theta = holder.positive("rope_theta", default=default_theta)
     return Rope(
         theta=theta,
         rotary_dim=int(head_dim * fraction),
@@ -52,20 +60,40 @@ def rope(
     )
 
 
-_ROPE_FACTORS = (
+_NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+_NUMBERS = (
     "factor",
     "low_freq_factor",
     "high_freq_factor",
-    "original_max_position_embeddings",
     "attention_factor",
     "beta_fast",
     "beta_slow",
     "mscale",
     "mscale_all_dim",
-    "truncate",
-    "short_factor",
-    "long_factor",
 )
+
+
+def _rope_factors(scaling: Config, rope_type: str) -> dict[str, Any]:
+    """The factors that are there, and those that the type cannot do without."""
+    needed = _NEEDED.get(rope_type, ())
+    factors: dict[str, Any] = {"rope_type": rope_type}
+    for key in _NUMBERS:
+        if scaling.has(key) or key in needed:
+            factors[key] = scaling.positive(key)
+    for key in ("short_factor", "long_factor"):
+        if scaling.has(key) or key in needed:
+            factors[key] = scaling.numbers(key)
+    key = "original_max_position_embeddings"
+    if scaling.has(key):
+        factors[key] = scaling.integer(key)
+    if scaling.has("truncate"):
+        factors["truncate"] = scaling.boolean("truncate")
+    return factors
 
 
 def attention(

@@ -19,7 +19,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         default_kv_heads=4,
         default_head_dim=256,
-        scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
+        scale=config.positive("query_pre_attn_scalar", default=256) ** -0.5,
         rope=decoder.rope(
             config,
             head_dim,

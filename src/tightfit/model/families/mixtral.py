@@ -14,7 +14,7 @@ def spec(config: Config) -> ModelSpec:
         config, default_kv_heads=8, default_theta=1_000_000.0, window=window
     )
     experts = MoE(
-        num_experts=config.integer("num_local_experts", default=8),
+        num_experts=config.integer("num_local_experts", default=8, maximum=decoder.MOST_EXPERTS),
         top_k=config.integer("num_experts_per_tok", default=2),
         intermediate_size=config.integer("intermediate_size"),
         activation=config.text("hidden_act", default="silu"),

@@ -35,7 +35,9 @@ def spec(config: Config) -> ModelSpec:
 
 def _moe_layers(config: Config, attention: Attention) -> tuple[Layer, ...]:
     experts = MoE(
-        num_experts=config.integer("num_experts", "num_local_experts", default=128),
+        num_experts=config.integer(
+            "num_experts", "num_local_experts", default=128, maximum=decoder.MOST_EXPERTS
+        ),
         top_k=config.integer("num_experts_per_tok", default=8),
         intermediate_size=config.integer("moe_intermediate_size", default=768),
         activation=config.text("hidden_act", default="silu"),
