@@ -3,11 +3,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support.tiny_models import make_tiny_model
 
 # The suite shares few cores with its own subprocesses, and its matrices are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 TinyModel = Callable[[str], Path]
 

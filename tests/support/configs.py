@@ -20,3 +20,6 @@ def read_config(name: str) -> dict[str, Any]:
 @lru_cache
 def read_spec(name: str) -> ModelSpec:
     return model_spec(read_config(name))
+
+
+ONE_PER_ARCHITECTURE = tuple({read_config(n)["architectures"][0]: n for n in MODELS}.values())
