@@ -58,7 +58,7 @@ def _recipes() -> dict[str, Callable[[], Any]]:
         "mistral": recipe(T.MistralConfig, sliding_window=16),
         "qwen2": recipe(T.Qwen2Config),
         "qwen2_tied": recipe(T.Qwen2Config, tie_word_embeddings=True),
-        "qwen3": recipe(T.Qwen3Config, head_dim=64, attention_bias=True),
+        "qwen3": recipe(T.Qwen3Config, head_dim=64),
         "qwen3_moe": recipe(
             T.Qwen3MoeConfig,
             head_dim=32,

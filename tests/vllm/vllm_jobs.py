@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import socket
 import sys
-import uuid
+from pathlib import Path
 from queue import Empty
 
 os.environ |= {
@@ -32,7 +32,7 @@ NEW_TOKENS = 12
 TIMEOUT_SECONDS = 300
 
 
-def run_rank(job, rank, port, identity, results):
+def run_rank(job, rank, port, results):
     answer = {"rank": rank}
     try:
         os.environ |= {
@@ -42,8 +42,6 @@ def run_rank(job, rank, port, identity, results):
             "LOCAL_WORLD_SIZE": str(job["tp"]),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            # The name of the shared memory in which CPU ranks meet.
-            "VLLM_DIST_IDENT": identity,
         }
         from vllm import LLM, SamplingParams
 
@@ -82,9 +80,8 @@ def run_job(context, job):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = context.Queue()
-    identity = uuid.uuid4().hex
     ranks = [
-        context.Process(target=run_rank, args=(job, rank, port, identity, results))
+        context.Process(target=run_rank, args=(job, rank, port, results))
         for rank in range(job["tp"])
     ]
     for process in ranks:
@@ -100,6 +97,9 @@ def run_job(context, job):
         process.join(3)
         if process.is_alive():
             process.kill()
+    # CPU ranks meet in shared memory of a fixed name, which vLLM leaves behind.
+    for left in Path("/dev/shm").glob("*-cpushm_*"):
+        left.unlink(missing_ok=True)
     failed = [a for a in answers if "error" in a]
     return failed[0] if failed else min(answers, key=lambda a: a["rank"])
 

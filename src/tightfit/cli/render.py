@@ -1,6 +1,7 @@
 """The human view of a plan: the verdict first, a stacked bar per rank, a table of components."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,6 +10,9 @@ from rich.text import Text
 
 from tightfit.planner.plan import Plan, RankPlan
 from tightfit.units import GiB, MiB, format_bytes
+
+if TYPE_CHECKING:
+    from tightfit.runtime.checks import Check
 
 _COLORS = {
     "weights": "dodger_blue2",
@@ -156,3 +160,41 @@ def _notes(plan: Plan, console: Console) -> None:
     console.print()
     for line in lines:
         console.print(Text(line))
+
+
+def render_checks(plan: Plan, checks: Sequence["Check"], console: Console) -> None:
+    """Print planned beside measured, per rank and component, with a verdict each."""
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        worst = max(failed, key=lambda check: abs(check.difference_bytes))
+        console.print(
+            Text.assemble(
+                ("differs from the plan", "bold red"),
+                f": {worst.component} of rank {worst.rank} by "
+                f"{format_bytes(abs(worst.difference_bytes))}",
+            )
+        )
+    else:
+        console.print(Text.assemble(("as planned", "bold green"), ": every component of each rank"))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("rank", justify="right")
+    table.add_column("component")
+    for name in ("planned MiB", "measured MiB", "difference", "allowed"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    ranks = {check.rank for check in checks}
+    for check in checks:
+        color = _COLORS.get(check.component, _OTHER)
+        total = check.component == "total"
+        table.add_row(
+            str(check.rank),
+            Text.assemble(("  " if total else "■ ", color), check.component),
+            f"{check.planned_bytes / MiB:,.1f}",
+            f"{check.measured_bytes / MiB:,.1f}",
+            f"{check.difference_bytes / MiB:+,.1f}",
+            f"{check.allowed_bytes / MiB:,.1f}",
+            Text("ok", style="green") if check.ok else Text("differs", style="bold red"),
+            style="bold" if total else "",
+            end_section=total and len(ranks) > 1,
+        )
+    console.print(table)

@@ -15,6 +15,7 @@ from tightfit.planner.engines.base import Engine
 from tightfit.planner.engines.builtin_memory import step_components
 from tightfit.planner.kv_cache import KVLayout, kv_layout, layer_kinds
 from tightfit.planner.options import (
+    Option,
     PlanOptions,
     Resolved,
     flag,
@@ -67,7 +68,7 @@ class Builtin(Engine):
         return Resolved(
             dtype=dtype,
             kv_cache_dtype=dtype,
-            max_model_len=resolve_max_model_len(spec, options),
+            max_model_len=_max_model_len(spec, options, cpu=cpu),
             max_num_seqs=pick(options.max_num_seqs, 8 if cpu else 256),
             max_num_batched_tokens=pick(options.max_num_batched_tokens, 512 if cpu else 8192),
             gpu_memory_utilization=pick(options.gpu_memory_utilization, 0.9),
@@ -106,3 +107,14 @@ class Builtin(Engine):
             return available_blocks
         sequence = layout.blocks(resolved.max_model_len.value)
         return min(available_blocks, resolved.max_num_seqs.value * sequence)
+
+
+CPU_MAX_MODEL_LEN = 4096
+"""What a demonstration on a CPU needs, unless more is asked for."""
+
+
+def _max_model_len(spec: ModelSpec, options: PlanOptions, *, cpu: bool) -> Option[int]:
+    length = resolve_max_model_len(spec, options)
+    if not cpu or options.max_model_len is not None:
+        return length
+    return Option(value=min(length.value, CPU_MAX_MODEL_LEN), origin="engine default")

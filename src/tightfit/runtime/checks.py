@@ -1,0 +1,104 @@
+"""Planned beside measured: fill a plan with what a run measured, and judge each difference.
+
+Imports no torch, so that the command line can show a stored result as well.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tightfit.planner.plan import Plan
+from tightfit.units import MiB
+
+EXACT_TOLERANCE = 0.01
+"""Weights and KV cache are known to the byte; what a kernel counts is whole pages."""
+EXACT_SLACK_BYTES = MiB
+OTHER_SLACK_BYTES = 24 * MiB
+"""Small components drown in the noise of a process: allocators keep pages, libraries grow."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One comparison; the component `total` is the whole resident memory of a rank."""
+
+    rank: int
+    component: str
+    planned_bytes: int
+    measured_bytes: int
+    allowed_bytes: int
+
+    @property
+    def difference_bytes(self) -> int:
+        """Measured minus planned."""
+        return self.measured_bytes - self.planned_bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the difference is within the tolerance."""
+        return abs(self.difference_bytes) <= self.allowed_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The check in schema 1."""
+        return {
+            "rank": self.rank,
+            "component": self.component,
+            "planned_bytes": self.planned_bytes,
+            "measured_bytes": self.measured_bytes,
+            "difference_bytes": self.difference_bytes,
+            "allowed_bytes": self.allowed_bytes,
+            "ok": self.ok,
+        }
+
+
+def with_measured(plan: Plan, measured: Mapping[int, Mapping[str, int]]) -> Plan:
+    """The plan with `measured_bytes` filled in; `measured` is by rank and component."""
+    ranks = tuple(
+        replace(
+            rank,
+            components=tuple(
+                replace(component, measured_bytes=measured[rank.rank].get(component.name))
+                for component in rank.components
+            ),
+        )
+        for rank in plan.ranks
+    )
+    return replace(plan, ranks=ranks)
+
+
+def compare(plan: Plan, resident: Mapping[int, int], tolerance: float) -> tuple[Check, ...]:
+    """Judge every measured component, and the total of every rank.
+
+    Args:
+        plan: with measured bytes.
+        resident: the most memory that each rank held.
+        tolerance: of components that are not exact, and of totals, as a fraction.
+    """
+    return tuple(_checks(plan, resident, tolerance))
+
+
+def _checks(plan: Plan, resident: Mapping[int, int], tolerance: float) -> Iterator[Check]:
+    for rank in plan.ranks:
+        for component in rank.components:
+            if component.measured_bytes is None:
+                continue
+            planned = component.planned_bytes
+            if component.name in ("weights", "kv_cache"):
+                allowed = max(int(planned * EXACT_TOLERANCE), EXACT_SLACK_BYTES)
+            else:
+                allowed = max(int(planned * tolerance), OTHER_SLACK_BYTES)
+            yield Check(
+                rank=rank.rank,
+                component=component.name,
+                planned_bytes=planned,
+                measured_bytes=component.measured_bytes,
+                allowed_bytes=allowed,
+            )
+        if rank.rank in resident:
+            total = sum(component.planned_bytes for component in rank.components)
+            yield Check(
+                rank=rank.rank,
+                component="total",
+                planned_bytes=total,
+                measured_bytes=resident[rank.rank],
+                allowed_bytes=int(total * tolerance),
+            )
