@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from smollm2 import smollm2_or_skip
 
+from support.smollm2 import smollm2_or_skip
 from tightfit.demo import smollm2
 from tightfit.demo.smollm2 import smollm2_checkpoint
 from tightfit.errors import CheckpointError, MissingExtraError, OutputError

