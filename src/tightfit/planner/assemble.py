@@ -96,6 +96,8 @@ class _Pool(NamedTuple):
     available_bytes: int | None
     usable_blocks: int
     num_blocks: int | None
+    excess_bytes: int = 0
+    """What a pool of a size that the user gave takes beyond the memory of the device."""
 
 
 def _pool(
@@ -121,7 +123,13 @@ def _pool(
     blocks = max(available(worst), 0) // worst.kv.bytes_per_block
     blocks = engine.pool_blocks(blocks, worst.kv, resolved)
     usable = max(blocks - engine.held_back_blocks, 0)
-    return _Pool(budget, worst, available(worst), usable, blocks)
+    excess = 0
+    if explicit is not None and device is not None:
+        # A pool of a given size is allocated whatever the budget is, until memory ends.
+        sharers = parallel.world_size if device.kind == "cpu" else 1
+        largest = max(one.total_bytes + blocks * one.kv.bytes_per_block for one in fixed)
+        excess = max(largest - device.total_bytes // sharers, 0)
+    return _Pool(budget, worst, available(worst), usable, blocks, excess)
 
 
 def _fit(pool: _Pool, options: PlanOptions, resolved: Resolved) -> Resolved:
@@ -189,17 +197,24 @@ def _verdict(pool: _Pool, engine: Engine, length: int, limit: int) -> Verdict:
             f"{length:,} tokens",
         )
     assert pool.available_bytes is not None
+    if pool.excess_bytes:
+        size, excess = format_bytes(pool.available_bytes), format_bytes(pool.excess_bytes)
+        return Verdict(
+            fits=False,
+            reason=f"with a KV cache of {size} a rank needs {excess} more than its device has",
+            engine_message=engine.out_of_memory,
+            max_model_len_that_fits=0,
+        )
     usable = pool.usable_blocks
     longest = kv.longest(usable, limit)
-    over = pool.budget_bytes is not None and pool.worst.total_bytes > pool.budget_bytes
-    if kv.blocks(length) <= usable and not over:
+    if kv.blocks(length) <= usable:
         sequences = pool.num_blocks / kv.blocks(length)
         reason = (
             f"{format_bytes(pool.num_blocks * kv.bytes_per_block)} for the KV cache of a rank, "
             f"{sequences:.2f} sequences of {length:,} tokens at once"
         )
         return Verdict(fits=True, reason=reason, max_model_len_that_fits=longest)
-    if pool.available_bytes <= 0 or over:
+    if pool.available_bytes <= 0:
         held = format_bytes(pool.worst.total_bytes)
         reason = f"a rank holds {held} before any KV cache"
         if pool.budget_bytes is not None:

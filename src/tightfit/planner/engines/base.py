@@ -19,6 +19,8 @@ class Engine(ABC):
     """What this model leaves out, so that nobody takes it for zero."""
     held_back_blocks: int = 0
     """Blocks of the pool that no sequence can have."""
+    out_of_memory: str = "out of memory"
+    """What the engine prints when an allocation fails."""
 
     @abstractmethod
     def parallel(self, options: PlanOptions) -> Parallel:

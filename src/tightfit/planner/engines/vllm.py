@@ -34,6 +34,7 @@ class VLLM(Engine):
     name = "vllm"
     version = VERSION
     held_back_blocks = 1  # block 0 is the null block
+    out_of_memory = "torch.OutOfMemoryError: CUDA out of memory."
     not_modelled = (
         "activations",
         "logits_and_sampler",
