@@ -1,0 +1,144 @@
+"""KV cache figures of vLLM, against numbers that were computed by hand or printed by it."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.configs import read_config, read_spec
+from tightfit.model.families import model_spec
+from tightfit.model.layout import Parallel, Rank
+from tightfit.model.spec import ModelSpec
+from tightfit.planner.engines.vllm import VLLM
+from tightfit.planner.kv_cache import KVLayout, LayerKind, kv_layout
+from tightfit.planner.options import PlanOptions
+
+
+def layout_of(spec: ModelSpec, options: PlanOptions, pp_rank: int = 0) -> KVLayout:
+    engine = VLLM()
+    rank = Rank(pp_rank=pp_rank, parallel=engine.parallel(options))
+    return engine.kv_layout(spec, rank, engine.resolve(spec, options))
+
+
+def gemma_like() -> ModelSpec:
+    """62 layers of which every sixth is full: the text model of Gemma 3 27B."""
+    changes = {
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "sliding_window": 1024,
+        "max_position_embeddings": 131_072,
+    }
+    config = read_config("gemma-3-1b-it")
+    config.pop("layer_types", None)
+    return model_spec(config | changes | {"sliding_window_pattern": 6})
+
+
+@pytest.mark.parametrize(
+    ("size", "block_bytes", "token_bytes"), [(1, 2_097_152, 131_072), (4, 524_288, 32_768)]
+)
+def test_llama(size: int, block_bytes: int, token_bytes: int) -> None:
+    """2 (keys, values) x 8 heads x 128 x 2 bytes x 32 layers, in blocks of 16 tokens."""
+    layout = layout_of(read_spec("Llama-3.1-8B"), PlanOptions(tensor_parallel_size=size))
+    assert layout.block_size == 16
+    assert layout.bytes_per_block == block_bytes
+    assert layout.bytes_per_token == token_bytes
+    assert layout.blocks(131_072) == 8192
+    assert layout.blocks(1) == 1
+    assert layout.minimum_bytes(1000) == 1000 * token_bytes
+    assert layout.all_full_bytes(1000) == 63 * block_bytes
+
+
+def test_kv_heads_are_replicated_beyond_their_number() -> None:
+    layout = layout_of(read_spec("Llama-3.1-8B"), PlanOptions(tensor_parallel_size=16))
+    assert layout.bytes_per_block == 2_097_152 // 8
+
+
+def test_kv_cache_dtype_halves_the_blocks() -> None:
+    options = PlanOptions(kv_cache_dtype="fp8")
+    assert layout_of(read_spec("Llama-3.1-8B"), options).bytes_per_block == 1_048_576
+
+
+def test_hybrid_groups() -> None:
+    """10 full and 52 sliding layers: groups of 10, one full and six sliding."""
+    layout = layout_of(gemma_like(), PlanOptions(max_num_batched_tokens=8192))
+    page_bytes = 16 * 2 * 16 * 128 * 2
+    assert layout.bytes_per_block == 10 * page_bytes
+    windows = Counter(kind.window for kind in layout.groups)
+    assert windows == {None: 1, 1024: 6}
+    # In a sliding group: 1023 tokens of the window and two steps of 8192, and one block more.
+    assert layout.blocks(131_072) == 8192 + 6 * 1089 == 14_726
+    assert round(14_726 * layout.bytes_per_block / 2**30, 2) == 17.98
+    # Shorter than what is in flight, a sliding group holds all of it.
+    assert layout.blocks(160) == 10 + 6 * 11
+    assert layout.minimum_bytes(131_072) == (10 * 131_072 + 52 * 1024) * page_bytes // 16
+
+
+def test_in_flight_steps_grow_with_the_pipeline() -> None:
+    layout = layout_of(
+        gemma_like(), PlanOptions(max_num_batched_tokens=8192, pipeline_parallel_size=2)
+    )
+    assert layout.in_flight_tokens == 3 * 8192
+
+
+def kinds(**counts: int) -> Counter[LayerKind]:
+    windows = {"full": None, "sliding": 64, "other": 128}
+    return Counter({LayerKind(token_bytes=4, window=windows[k]): n for k, n in counts.items()})
+
+
+@pytest.mark.parametrize(
+    ("counts", "group_size", "groups"),
+    [
+        ({"full": 32}, 32, 1),
+        ({"full": 13, "sliding": 13}, 13, 2),
+        ({"full": 8, "sliding": 10}, 10, 2),
+        ({"full": 4, "sliding": 22}, 4, 7),
+        ({"full": 2, "sliding": 3}, 2, 3),
+        ({"full": 3, "sliding": 4}, 4, 2),
+        ({"full": 10, "sliding": 20, "other": 30}, 10, 6),
+    ],
+)
+def test_group_size_rule(counts: dict[str, int], group_size: int, groups: int) -> None:
+    """The rarest kind, or the most frequent if that is less than half as many again."""
+    layout = kv_layout(kinds(**counts), block_size=16)
+    assert layout.bytes_per_block == group_size * 16 * 4
+    assert len(layout.groups) == groups
+
+
+layouts = st.builds(
+    kv_layout,
+    st.dictionaries(
+        st.builds(LayerKind, token_bytes=st.just(8), window=st.none() | st.integers(1, 5000)),
+        st.integers(1, 40),
+        min_size=1,
+        max_size=3,
+    ).map(Counter),
+    block_size=st.integers(1, 64),
+    in_flight_tokens=st.integers(0, 20_000),
+)
+
+
+@given(layout=layouts, available=st.integers(0, 5000), limit=st.integers(1, 200_000))
+def test_longest_is_the_longest(layout: KVLayout, available: int, limit: int) -> None:
+    longest = layout.longest(available, limit)
+    assert 0 <= longest <= limit
+    assert longest == 0 or layout.blocks(longest) <= available
+    assert longest == limit or layout.blocks(longest + 1) > available
+
+
+@given(layout=layouts, tokens=st.integers(1, 100_000))
+def test_a_sequence_never_gets_less_than_it_sees(layout: KVLayout, tokens: int) -> None:
+    assert layout.blocks(tokens) * layout.bytes_per_block >= layout.minimum_bytes(tokens)
+    assert layout.all_full_bytes(tokens) >= layout.minimum_bytes(tokens)
+    assert layout.blocks(tokens + 1) >= layout.blocks(tokens)
+
+
+def test_layers_of_a_stage() -> None:
+    spec = replace(read_spec("Llama-3.1-8B"), layers=read_spec("Llama-3.1-8B").layers[:5])
+    options = PlanOptions(pipeline_parallel_size=3)
+    sizes = [layout_of(spec, options, pp_rank=i).bytes_per_block // 65_536 for i in range(3)]
+    assert sizes == [2, 2, 1]
+    assert Parallel(pipeline_parallel_size=3).world_size == 3
