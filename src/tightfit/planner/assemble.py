@@ -1,5 +1,6 @@
 """Put a plan together: weights, the engine's own components, and the KV cache from what remains."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,11 +46,24 @@ def make_plan(
     chosen = engine(options)
     parallel = chosen.parallel(options)
     check_parallel(spec, parallel)
-    resolved = chosen.resolve(spec, options)
-    fixed = [_Fixed.of(spec, rank, chosen, resolved) for rank in parallel.ranks()]
-    pool = _pool(options.device, parallel, chosen, resolved, fixed)
-    resolved = _fit(pool, options, resolved)
-    length: int = resolved.max_model_len.value
+    dtype = chosen.resolve(spec, options).dtype.value
+    weights = [weights_component(spec, rank, dtype) for rank in parallel.ranks()]
+
+    def attempt(length: int | None) -> _Attempt:
+        asked = replace(options, max_model_len=length)
+        resolved = chosen.resolve(spec, asked)
+        fixed = [
+            _Fixed.of(spec, rank, component, chosen, resolved)
+            for rank, component in zip(parallel.ranks(), weights, strict=True)
+        ]
+        return _Attempt(resolved, fixed, _pool(options.device, parallel, chosen, resolved, fixed))
+
+    resolved, fixed, pool = attempt(options.max_model_len)
+    longest = None if pool.num_blocks is None else _longest(attempt, pool, model_max_len(spec))
+    if options.max_model_len == -1 and longest is not None:
+        resolved, fixed, pool = attempt(max(longest, 1))
+        fitted = Option(value=max(longest, 1), origin="fitted")
+        resolved = replace(resolved, max_model_len=fitted)
     return Plan(
         model=ModelSummary(
             name=name,
@@ -65,7 +79,7 @@ def make_plan(
         options=resolved,
         ranks=tuple(_rank_plan(one, pool, resolved) for one in fixed),
         kv_cache=_kv_plan(pool, resolved),
-        verdict=_verdict(pool, chosen, length, model_max_len(spec)),
+        verdict=_verdict(pool, chosen, resolved.max_model_len.value, longest),
         not_modelled=chosen.not_modelled,
     )
 
@@ -82,8 +96,9 @@ class _Fixed(NamedTuple):
         return sum(component.planned_bytes for component in self.components)
 
     @classmethod
-    def of(cls, spec: ModelSpec, rank: Rank, engine: Engine, resolved: Resolved) -> "_Fixed":
-        weights = weights_component(spec, rank, resolved.dtype.value)
+    def of(
+        cls, spec: ModelSpec, rank: Rank, weights: Component, engine: Engine, resolved: Resolved
+    ) -> "_Fixed":
         components = (weights, *engine.components(spec, rank, resolved))
         return cls(rank, components, engine.kv_layout(spec, rank, resolved))
 
@@ -98,6 +113,10 @@ class _Pool(NamedTuple):
     num_blocks: int | None
     excess_bytes: int = 0
     """What a pool of a size that the user gave takes beyond the memory of the device."""
+
+    def holds(self, length: int) -> bool:
+        """Whether one sequence of `length` tokens fits."""
+        return not self.excess_bytes and self.worst.kv.blocks(length) <= self.usable_blocks
 
 
 def _pool(
@@ -132,13 +151,38 @@ def _pool(
     return _Pool(budget, worst, available(worst), usable, blocks, excess)
 
 
-def _fit(pool: _Pool, options: PlanOptions, resolved: Resolved) -> Resolved:
-    """Resolve `max_model_len` -1 to the longest that every rank can hold."""
-    if options.max_model_len != -1 or pool.num_blocks is None:
-        return resolved
-    longest = pool.worst.kv.longest(pool.usable_blocks, resolved.max_model_len.value)
-    fitted = Option(value=max(longest, 1), origin="fitted")
-    return replace(resolved, max_model_len=fitted)
+class _Attempt(NamedTuple):
+    """A plan for one context length."""
+
+    resolved: Resolved
+    fixed: list[_Fixed]
+    pool: _Pool
+
+
+def _longest(attempt: Callable[[int], _Attempt], pool: _Pool, limit: int) -> int:
+    """The longest context, up to `limit`, that fits when all else is planned for it as well.
+
+    What is left for the pool may depend on the length; where it does not, the first guess is right.
+    """
+
+    def fits(length: int) -> bool:
+        return attempt(length).pool.holds(length)
+
+    guess = pool.worst.kv.longest(pool.usable_blocks, limit)
+    low, high = 0, limit
+    if guess == 0 or fits(guess):
+        low = guess
+        if guess == limit or not fits(guess + 1):
+            return guess
+    else:
+        high = guess - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved) -> RankPlan:
@@ -186,10 +230,10 @@ def _kv_plan(pool: _Pool, resolved: Resolved) -> KVPlan:
     )
 
 
-def _verdict(pool: _Pool, engine: Engine, length: int, limit: int) -> Verdict:
+def _verdict(pool: _Pool, engine: Engine, length: int, longest: int | None) -> Verdict:
     kv = pool.worst.kv
     needed = kv.blocks(length) * kv.bytes_per_block
-    if pool.num_blocks is None:
+    if pool.num_blocks is None or longest is None:
         total = pool.worst.total_bytes + needed
         return Verdict(
             fits=None,
@@ -203,11 +247,9 @@ def _verdict(pool: _Pool, engine: Engine, length: int, limit: int) -> Verdict:
             fits=False,
             reason=f"with a KV cache of {size} a rank needs {excess} more than its device has",
             engine_message=engine.out_of_memory,
-            max_model_len_that_fits=0,
+            max_model_len_that_fits=longest,
         )
-    usable = pool.usable_blocks
-    longest = kv.longest(usable, limit)
-    if kv.blocks(length) <= usable:
+    if pool.holds(length):
         sequences = pool.num_blocks / kv.blocks(length)
         reason = (
             f"{format_bytes(pool.num_blocks * kv.bytes_per_block)} for the KV cache of a rank, "
