@@ -83,3 +83,17 @@ def test_does_not_fit() -> None:
     assert verdict.fits is False
     assert verdict.engine_message
     assert verdict.max_model_len_that_fits == 0
+
+
+def test_the_longest_context_pays_for_its_own_buffers() -> None:
+    """A plan for 4,096 tokens leaves room that the masks of a longer context need themselves."""
+    device = replace(CPU, total_bytes=2_314_063_359)
+    longest = plan("Qwen3-0.6B", device=device).verdict.max_model_len_that_fits
+    assert longest is not None
+    assert plan("Qwen3-0.6B", device=device, max_model_len=longest).verdict.fits
+    assert plan("Qwen3-0.6B", device=device, max_model_len=longest + 1).verdict.fits is False
+    fitted = plan("Qwen3-0.6B", device=device, max_model_len=-1)
+    assert fitted.options.max_model_len.value == longest
+    assert fitted.options.max_model_len.origin == "fitted"
+    again = plan("Qwen3-0.6B", device=device, max_model_len=longest)
+    assert fitted.ranks == again.ranks

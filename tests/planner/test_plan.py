@@ -193,8 +193,7 @@ def test_the_longest_fits_and_one_more_does_not(name: str, asked: dict[str, Any]
     assert fitting is not None
     assert fitting.verdict.fits
     longer = attempt(name, settled | {"max_model_len": longest + 1})
-    if plan.engine == "vllm":
-        assert longer is None or longer.verdict.fits is False
+    assert longer is None or longer.verdict.fits is False
 
 
 @pytest.mark.parametrize("name", MODELS)
