@@ -88,19 +88,27 @@ def launch_ranks(
 
 
 def _explain(exit_codes: Mapping[int, int]) -> int:
-    """Find the cause among ranks that failed together: the others only lost their connection."""
-    for rank, code in exit_codes.items():
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = "see the messages above"
-            if name == "SIGKILL":
-                hint = (
-                    "the kernel does that when memory runs out (see dmesg): lower "
-                    "--max-num-batched-tokens or the size of the KV cache"
-                )
-            raise RankFailedError(f"rank {rank} died ({name})", hint=hint)
-    for code in exit_codes.values():
-        if code in _TOLD_EXIT_CODES:
-            return code
-    rank, code = next(iter(exit_codes.items()))
-    raise RankFailedError(f"rank {rank} failed (exit code {code})", hint="see the messages above")
+    """Find the cause among ranks that ended together.
+
+    A rank that was killed comes first, then one that has told the user why it stopped; the others
+    only lost their connection, or were stopped by the launcher (SIGTERM).
+    """
+
+    def order(item: tuple[int, int]) -> int:
+        code = item[1]
+        if code < 0 and code != -signal.SIGTERM:
+            return 0
+        return 1 if code in _TOLD_EXIT_CODES else 2 if code > 0 else 3
+
+    rank, code = min(exit_codes.items(), key=order)
+    if code in _TOLD_EXIT_CODES:
+        return code
+    hint = "see the messages above"
+    if code > 0:
+        raise RankFailedError(f"rank {rank} failed (exit code {code})", hint=hint)
+    if -code == signal.SIGKILL:
+        hint = (
+            "the kernel does that when memory runs out (see dmesg): lower "
+            "--max-num-batched-tokens or the size of the KV cache"
+        )
+    raise RankFailedError(f"rank {rank} died ({signal.Signals(-code).name})", hint=hint)

@@ -7,7 +7,6 @@ the kernel's record of the peak.
 """
 
 import ctypes
-import gc
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -100,7 +99,6 @@ class CpuLedger:
         return status_bytes("VmRSS")
 
     def _settle(self) -> None:
-        gc.collect()
         if hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
 

@@ -114,7 +114,7 @@ class QKNormFull:
     def __call__(self, q: Tensor, k: Tensor) -> None:
         """[tokens, heads, head_dim] each."""
         squares = [
-            torch.cat([rows.float().square_().sum(dim=(1, 2)) for rows in x.split(NORM_ROWS)])
+            torch.cat([rows.float().square().sum(dim=(1, 2)) for rows in x.split(NORM_ROWS)])
             for x in (q, k)
         ]
         totals = self.world.all_reduce(torch.stack(squares))
