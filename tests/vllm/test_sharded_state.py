@@ -13,6 +13,8 @@ from support.work import write_shards
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SIZES = (1, 2, 4)
+# vLLM refuses to copy KV heads of a model that normalizes all keys together, and so do we.
+IMPOSSIBLE = {("olmo2", 4)}
 PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
 
 
@@ -44,6 +46,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
         keys.append((name, 0))
         jobs.append({"directory": str(source), "load_format": "auto", "tp": 1})
         for size in SIZES:
+            if (name, size) in IMPOSSIBLE:
+                continue
             out = directory / f"{name}-tp{size}"
             write_shards(source, out, size)
             keys.append((name, size))
@@ -51,8 +55,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], d
     return dict(zip(keys, ask_vllm(jobs, directory), strict=True))
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "size"), [(n, s) for n in NAMES for s in SIZES if (n, s) not in IMPOSSIBLE]
+)
 def test_vllm_says_the_same(
     answers: dict[tuple[str, int], dict[str, object]], name: str, size: int
 ) -> None:

@@ -87,6 +87,20 @@ def _try(spec: ModelSpec, parallel: Parallel) -> None:
     rank = parallel.ranks()[0]
     for axis in axes(spec):
         axis.span(rank)
+    if not parallel.uneven:
+        _check_full_norms(spec, parallel.tensor_parallel_size)
+
+
+def _check_full_norms(spec: ModelSpec, tensor_parallel_size: int) -> None:
+    """vLLM gathers the keys of all ranks for a norm over all heads, and cannot with copies."""
+    for attention in {layer.attention for layer in spec.layers}:
+        kv_heads = attention.num_kv_heads
+        if attention.qk_norm is QKNorm.FULL and tensor_parallel_size > kv_heads:
+            raise LayoutError(
+                f"tensor parallel size {tensor_parallel_size} is more than "
+                f"num_key_value_heads = {kv_heads}, and vLLM cannot copy KV heads of "
+                f"{spec.architecture}, which normalizes all keys together"
+            )
 
 
 def axes(spec: ModelSpec) -> tuple[Axis, ...]:
