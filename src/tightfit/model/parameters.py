@@ -9,7 +9,16 @@ from dataclasses import replace
 from functools import lru_cache
 
 from tightfit.errors import LayoutError
-from tightfit.model.layout import Axis, Cut, Parallel, Part, Stage, Weight, pipeline_layers
+from tightfit.model.layout import (
+    Axis,
+    Cut,
+    Parallel,
+    Part,
+    Rank,
+    Stage,
+    Weight,
+    pipeline_layers,
+)
 from tightfit.model.spec import (
     Attention,
     BlockQuantization,
@@ -84,7 +93,7 @@ def _works(spec: ModelSpec, parallel: Parallel) -> bool:
 
 def _try(spec: ModelSpec, parallel: Parallel) -> None:
     pipeline_layers(spec.num_layers, parallel.pipeline_parallel_size, 0)
-    rank = parallel.ranks()[0]
+    rank = Rank(parallel=parallel)
     for axis in axes(spec):
         axis.span(rank)
     if not parallel.uneven:

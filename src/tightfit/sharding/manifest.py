@@ -194,12 +194,18 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         )
         for file in document["files"]
     )
+    tensor_parallel_size = _size(document["tensor_parallel_size"]) or _wrong(0)
+    pipeline_parallel_size = _size(document["pipeline_parallel_size"]) or _wrong(0)
+    ranks = {file.rank for file in files}
+    # Nothing may loop over ranks that only the manifest speaks of.
+    if len(ranks) != tensor_parallel_size * pipeline_parallel_size or max(ranks) >= len(ranks):
+        raise ValueError(f"files of {len(ranks)} ranks, not of all and only those of the layout")
     return Manifest(
         tightfit=_text(document["tightfit"]),
         layout=_text(document["layout"]),
         architecture=_text(document["architecture"]),
-        tensor_parallel_size=_size(document["tensor_parallel_size"]) or _wrong(0),
-        pipeline_parallel_size=_size(document["pipeline_parallel_size"]) or _wrong(0),
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
         source_name=_text(document["source"]["name"]),
         source_fingerprint=_text(document["source"]["fingerprint"]),
         files=files,
