@@ -23,7 +23,7 @@ from tightfit.model.stored import StoredLayout, rank_tensors
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.manifest import Manifest, make_manifest, source_fingerprint
 from tightfit.sharding.parts import Part, make_parts
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, run_copies
+from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, run_copies, write_all
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -192,6 +192,11 @@ def _write_side_files(job: ShardJob, output: OutputDirectory) -> None:
         path = source.local_path(name)
         if path is not None:
             output.copy(path, name)
+        else:
+            data = source.read(name)
+            part = output.create(name, len(data))
+            write_all(part.fd, [memoryview(data)], 0)
+            part.close()
     config = dict(job.checkpoint.config)
     if config.get("tie_word_embeddings", True) and not job.spec.tie_word_embeddings:
         # Engines decide by the config alone whether a sharded checkpoint is tied.

@@ -173,9 +173,9 @@ def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
 
 
 def ended_early(file: str, at: int) -> CheckpointError:
-    """A source file that is shorter than its header says."""
+    """A source file that is shorter than its header says; `at` is the first byte that is missed."""
     return CheckpointError(
-        f"{file} ends at byte {at}, in the middle of a tensor",
+        f"{file} is truncated: byte {at}, which belongs to a tensor, is missing",
         hint="the file is incomplete or was truncated meanwhile; download it again",
     )
 
