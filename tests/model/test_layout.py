@@ -177,6 +177,13 @@ def test_refusal_names_the_sizes_that_work() -> None:
     check_parallel(read_spec("SmolLM2-135M"), Parallel(tensor_parallel_size=2, uneven=True))
 
 
+@pytest.mark.parametrize("sizes", [(2**40, 1), (1, 2**40), (2**40, 2**40)])
+def test_absurd_sizes_are_refused_at_once(sizes: tuple[int, int]) -> None:
+    parallel = Parallel(tensor_parallel_size=sizes[0], pipeline_parallel_size=sizes[1], uneven=True)
+    with pytest.raises(LayoutError):
+        check_parallel(read_spec("Llama-3.1-8B"), parallel)
+
+
 def test_ranks_are_numbered_as_vllm_does() -> None:
     found = [(rank.rank, rank.pp_rank, rank.tp_rank) for rank in ranks(2, pp=2)]
     assert found == [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]
