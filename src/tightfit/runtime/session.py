@@ -281,7 +281,11 @@ def _measure(session: Session) -> RankMeasurement:
 
 
 def _exercise_libraries(options: EngineOptions, world: World) -> None:
-    """Run a toy model, so that code pages and thread stacks count as the process and not as it."""
+    """Run a toy model, so that code pages and the libraries' own buffers count as the process.
+
+    It is just large enough for MKL and oneDNN to take the paths, and the packing buffers, that they
+    take for large matrices.
+    """
     attention = Attention(
         num_heads=2 * world.size,
         num_kv_heads=world.size,
@@ -289,12 +293,12 @@ def _exercise_libraries(options: EngineOptions, world: World) -> None:
         rope=Rope(theta=1e4, rotary_dim=64, max_position_embeddings=64),
         scale=0.125,
     )
-    mlp = DenseMLP(intermediate_size=256 * world.size, activation="silu")
+    mlp = DenseMLP(intermediate_size=2048 * world.size, activation="silu")
     spec = ModelSpec(
         architecture="toy",
         model_type="toy",
         dtype=options.dtype,
-        hidden_size=128,
+        hidden_size=512,
         vocab_size=64 * world.size,
         layers=(Layer(attention=attention, mlp=mlp),),
         max_position_embeddings=64,
@@ -302,9 +306,9 @@ def _exercise_libraries(options: EngineOptions, world: World) -> None:
     )
     toy = replace(
         options,
-        max_model_len=64,
+        max_model_len=256,
         max_num_seqs=4,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=256,
         num_blocks=4,
         block_size=16,
     )

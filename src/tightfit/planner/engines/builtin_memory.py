@@ -20,7 +20,7 @@ from tightfit.model.layout import Rank
 from tightfit.model.parameters import head_axes, parameters
 from tightfit.model.spec import Attention, Layer, ModelSpec, MoE
 from tightfit.planner.plan import Component
-from tightfit.units import dtype_bytes, format_bytes, round_up
+from tightfit.units import MiB, dtype_bytes, format_bytes, round_up
 
 GATHER_TOKENS = 8192
 """Cached tokens that a group of decoding sequences gathers at once, unless one alone has more."""
@@ -35,9 +35,12 @@ EXPERT_ROWS = 512
 SAMPLER_ELEMENTS = 2**22
 """Logits that top-k and top-p sort at once, unless one row alone has more."""
 
-_SORT_BYTES = 29
-"""Per logit: a copy and its sorted values (4 + 4), order (8), probabilities, their sums and
-scratch (4 + 4 + 4), and the mask (1)."""
+_HEAP_BYTES = 4 * MiB
+"""What malloc keeps of small blocks during a step on a CPU: measured, whatever the model."""
+
+_SORT_BYTES = 26
+"""Per logit: a copy and its sorted values (4 + 4), order (8), probabilities and their sums (4 + 4),
+and masks (2)."""
 
 
 def step_components(
@@ -184,25 +187,32 @@ def _logits(
     """Logits take the place of a layer's temporaries, so only what exceeds them counts."""
     table = next(w for w in parameters(spec) if w.name == "model.embed_tokens.weight")
     shares = [table.rank_shape(other)[0] for other in rank.parallel.ranks()]
-    vocab = spec.vocab_size
-    terms = {
-        "last hidden states and their norm": 2 * seqs * spec.hidden_size * b,
-        f"the rank's logits N x {shares[rank.tp_rank]} x b": seqs * shares[rank.tp_rank] * b,
-    }
+    mine, vocab = shares[rank.tp_rank], spec.vocab_size
+    label = f"hidden states and logits N x (2H + {mine}) x b"
+    gathering = seqs * (2 * spec.hidden_size + mine) * b
+    stages = {label: gathering}
     if rank.tp_rank == 0:
+        logits = seqs * vocab * 4
         if len(shares) > 1:
-            terms["gathered shares"] = seqs * len(shares) * max(shares) * b
-        terms[f"float32 logits N x {vocab} x 4"] = seqs * vocab * 4
+            gathering += seqs * len(shares) * max(shares) * b
+            label += f", those of {len(shares)} ranks"
         rows = min(seqs, max(1, SAMPLER_ELEMENTS // vocab))
-        terms[f"sorting {rows} x {vocab} x {_SORT_BYTES}"] = rows * vocab * _SORT_BYTES
-    needed = sum(terms.values()) + tokens * spec.hidden_size * b
+        stages = {
+            f"{label}, and float32 logits N x {vocab} x 4": gathering + logits,
+            f"float32 logits N x {vocab} x 4, and {rows} sorted rows x {vocab} x {_SORT_BYTES}": (
+                seqs * spec.hidden_size * b + logits + rows * vocab * _SORT_BYTES
+            ),
+        }
+    name, largest = max(stages.items(), key=lambda item: item[1])
+    residual = tokens * spec.hidden_size * b
+    needed = residual + largest
     return Component(
         name="logits_and_sampler",
         planned_bytes=max(0, needed - activations),
         origin="derived",
-        formula=f"N = {seqs}, b = {b}; residual stream + "
-        + " + ".join(f"{label}: {size}" for label, size in terms.items())
-        + f" = {needed}, less the activations that are freed before: {activations}",
+        formula=f"N = {seqs}, H = {spec.hidden_size}, b = {b}; residual stream {residual} + "
+        f"{name}: {largest} = {needed}, less the activations, which are freed before: "
+        f"{activations}",
         detail={"alone_bytes": needed},
     )
 
