@@ -47,12 +47,12 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 def print_error(error: TightfitError) -> None:
     """One line that says what happened, one that says what to do."""
-    print(f"error: {_one_line(error.message)}", file=sys.stderr)
+    print(f"error: {one_line(error.message)}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {_one_line(error.hint)}", file=sys.stderr)
+        print(f"hint: {one_line(error.hint)}", file=sys.stderr)
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """Names come from files: no control character of theirs reaches the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -65,7 +65,7 @@ def print_json(document: Any) -> None:
 
 def warn(text: str) -> None:
     """Something that the user should know and that stops nothing."""
-    print(f"warning: {_one_line(text)}", file=sys.stderr)
+    print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
 def console(*, stderr: bool = False, record: bool = False) -> "Console":

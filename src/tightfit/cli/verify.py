@@ -7,7 +7,7 @@ import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli import options as o
-from tightfit.cli.output import guarded, print_json, progress
+from tightfit.cli.output import guarded, one_line, print_json, progress
 from tightfit.errors import ConfigError, ExitCode
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.verify import Report, check_tensor_parallel_size
@@ -73,7 +73,7 @@ def _document(directory: Path, report: Report) -> dict[str, object]:
 
 def _show(directory: Path, report: Report) -> None:
     for problem in report.problems:
-        print(f"problem: {problem}")
+        print(f"problem: {one_line(problem)}")
     manifest = report.manifest
     if report.ok:
         compared = ", every byte as in its source" if report.compared_with_source else ""
