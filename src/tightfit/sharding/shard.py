@@ -121,7 +121,8 @@ def shard(job: ShardJob, directory: Path, progress: Progress) -> Manifest:
         progress.phase("copying", copied)
         run_copies(job.copies, files, [target.fd for target in targets], progress.advance)
         files.check_unchanged()
-        progress.phase("checksums", job.output_bytes)
+        held = sum(one.tensor.nbytes for part in job.parts for one in part.placed)
+        progress.phase("checksums", held)
         manifest = make_manifest(
             layout=job.layout.name,
             architecture=job.spec.architecture,
