@@ -1,0 +1,132 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support.cli import ESCAPE, assert_error, tightfit
+
+TinyModel = Callable[[str], Path]
+
+
+def test_from_shard_to_verify(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, out = tiny_model("llama"), tmp_path / "out"
+    done = tightfit("shard", model, out, "--tensor-parallel-size", "2")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert ESCAPE not in done.stdout
+    assert "wrote 2 files, " in done.stdout
+    assert "--load-format sharded_state --tensor-parallel-size 2" in " ".join(done.stdout.split())
+    done = tightfit("verify", out, "--against", model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"verified: {out} is whole: 2 files, ")
+    assert "every byte as in its source" in done.stdout
+
+    path = out / "model-rank-1-part-0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    done = tightfit("verify", out)
+    assert done.returncode == 1
+    problem, verdict = done.stdout.splitlines()
+    assert problem.startswith(f"problem: {path.name}: ")
+    assert problem.endswith("is damaged (its checksum differs)")
+    assert verdict == f"verification failed: 1 problems in {out}"
+    done = tightfit("verify", out, "--json")
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    assert document["ok"] is False
+    assert len(document["problems"]) == 1
+
+
+def test_json(tiny_model: TinyModel, tmp_path: Path) -> None:
+    dry = tightfit("shard", tiny_model("llama"), tmp_path / "out", "--dry-run", "--json")
+    assert dry.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    done = tightfit("shard", tiny_model("llama"), tmp_path / "out", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document == json.loads(dry.stdout) | {"written": True}
+    (file,) = document["files"]
+    assert file["nbytes"] == document["total_bytes"]
+    assert file["nbytes"] == (tmp_path / "out" / file["name"]).stat().st_size
+    assert document["layout"] == "vllm-0.32"
+
+
+def test_quiet(tiny_model: TinyModel, tmp_path: Path) -> None:
+    done = tightfit("shard", tiny_model("llama"), tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-tp", "0"], "--tensor-parallel-size 0 is out of range"),
+        (["-tp", "9999"], "--tensor-parallel-size 9999 is out of range"),
+        (["-tp", "3"], "tensor parallel size 3 does not divide num_attention_heads = 4"),
+        (["--max-shard-size", "1KB"], "--max-shard-size 1KB is too small"),
+        (["--max-shard-size", "big"], "'big' is not a size"),
+        (["--layout", "old"], "unknown layout 'old'"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    done = tightfit("shard", tiny_model("llama"), tmp_path / "out", *arguments)
+    assert_error(done, 2, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_exist(tiny_model: TinyModel, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    done = tightfit("shard", tiny_model("llama"), tmp_path)
+    assert_error(done, 2, f"the output directory {tmp_path} is not empty")
+    done = tightfit("shard", tiny_model("llama"), tmp_path / "mine")
+    assert_error(done, 2, f"the output {tmp_path / 'mine'} is an existing file")
+
+
+def test_sources_without_weights(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    shutil.copy(tiny_model("llama") / "config.json", model)
+    done = tightfit("shard", model, tmp_path / "out")
+    assert_error(done, 2, "model has no weights")
+    (model / "pytorch_model.bin").write_bytes(b"x")
+    done = tightfit("shard", model, tmp_path / "out")
+    assert_error(
+        done,
+        2,
+        "model has its weights in 'pytorch_model.bin', and tightfit reads safetensors only",
+    )
+    assert tightfit("shard", tiny_model("llama"), tmp_path / "out").returncode == 0
+    done = tightfit("shard", tmp_path / "out", tmp_path / "again")
+    assert_error(done, 2, "out is sharded, and `tightfit shard` needs a plain checkpoint")
+
+
+def test_verify_refuses(tiny_model: TinyModel, tmp_path: Path) -> None:
+    done = tightfit("verify", tmp_path / "nothing")
+    assert_error(done, 2, f"there is no directory {tmp_path / 'nothing'}")
+    done = tightfit("verify", tmp_path)
+    assert_error(
+        done,
+        1,
+        f"{tmp_path} has no tightfit-manifest.json: it is not a complete output of `tightfit "
+        "shard`",
+    )
+    assert tightfit("shard", tiny_model("llama"), tmp_path / "out", "-tp", "2").returncode == 0
+    done = tightfit("verify", tmp_path / "out", "-tp", "4")
+    assert_error(done, 1, f"{tmp_path / 'out'} was sharded for tensor parallel size 2, not 4")
+
+
+def test_harmful_names_in_a_manifest(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Problems quote names that strangers wrote."""
+    out = tmp_path / "out"
+    assert tightfit("shard", tiny_model("llama"), out).returncode == 0
+    path = out / "tightfit-manifest.json"
+    document = json.loads(path.read_bytes())
+    document["files"][0]["name"] = "model\x1b]0;owned\x07.safetensors"
+    path.write_text(json.dumps(document))
+    done = tightfit("verify", out)
+    assert done.returncode == 1
+    assert all(c.isprintable() or c == "\n" for c in done.stdout)
