@@ -187,6 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(
                 {"id": repo_id, "modelId": repo_id, "sha": commit, "private": False, "tags": []}
                 | {"gated": False, "disabled": False, "siblings": siblings}
+                | {"library_name": "transformers", "config": _config_metadata(files)}
             )
         elif what == "tree":
             self._json([_entry(name, data) for name, data in sorted(files.items())])
@@ -284,3 +285,12 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
         sha = hashlib.sha256(data).hexdigest()
         entry["lfs"] = {"oid": sha, "size": len(data), "pointerSize": 134}
     return entry
+
+
+def _config_metadata(files: dict[str, bytes]) -> dict[str, Any]:
+    """What the Hub repeats of config.json in a model's info."""
+    try:
+        config = json.loads(files["config.json"])
+        return {key: config[key] for key in ("architectures", "model_type") if key in config}
+    except (KeyError, ValueError, TypeError):
+        return {}
