@@ -112,7 +112,7 @@ def _picture(plan: Plan, path: Path) -> None:
 
     if path.suffix != ".svg":
         raise UsageError(f"--report {path}: cannot write {path.suffix or 'that'}", hint="use .svg")
-    page = Console(record=True, width=100, file=io.StringIO(), force_terminal=True)
+    page = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, highlight=False)
     render_plan(plan, page)
     try:
         path.write_text(page.export_svg(title=f"tightfit plan {plan.model.name}"), "utf-8")

@@ -26,15 +26,17 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
         padding += census.padding * size
         copies += census.copies * size
     ranks = rank.parallel.world_size
+    formula = f"{parameter_count(spec):,} parameters in {dtype}"
+    if ranks > 1:
+        formula += f", cut for {ranks} ranks"
+    formula += f": {total:,} bytes"
+    if padding or copies:
+        formula += f", {padding:,} of them padding and {copies:,} copies of a lower rank's"
     return Component(
         name="weights",
         planned_bytes=total,
         origin="exact",
-        formula=(
-            f"{parameter_count(spec):,} parameters in {dtype}, cut for {ranks} "
-            f"rank{'s' if ranks > 1 else ''}: {total:,} bytes here, of which {padding:,} are "
-            f"padding and {copies:,} are copies of what a lower rank holds"
-        ),
+        formula=formula,
         detail={"padding_bytes": padding, "copied_bytes": copies},
     )
 
