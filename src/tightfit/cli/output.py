@@ -3,6 +3,7 @@
 rich is imported only when something is drawn; it honours NO_COLOR, TERM and the width itself.
 """
 
+import errno
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import typer
 
-from tightfit.errors import ExitCode, TightfitError
+from tightfit.errors import ExitCode, OutputError, TightfitError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,11 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            try:
+                return command(*args, **kwargs)
+            finally:
+                # What cannot be written must be known while there is somebody to say so.
+                sys.stdout.flush()
         except TightfitError as error:
             print_error(error)
             raise typer.Exit(error.exit_code) from None
@@ -41,6 +46,17 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             # The reader has what it wanted: `tightfit plan ... | head`.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(ExitCode.OK) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print_error(
+                OutputError(
+                    f"cannot write to the standard output: {error.strerror}",
+                    hint="free some space, or send the output elsewhere",
+                )
+            )
+            raise typer.Exit(ExitCode.INPUT) from None
 
     return wrapper
 
