@@ -98,7 +98,8 @@ def test_usage_errors(arguments: list[str], code: int, message: str) -> None:
 
 def test_explain() -> None:
     done = tightfit("plan", LLAMA, "--gpu", "h100-80gb", "--explain", "weights")
-    assert done.stdout.startswith("weights: 8,030,261,248 parameters in BF16, cut for 1 rank: ")
+    assert done.stdout.startswith("weights: 8,030,261,248 parameters in BF16")
+    assert "16,060,522,496 bytes" in done.stdout
     assert_error(
         tightfit("plan", LLAMA, "--explain", "magic"), 2, "the plan has no component 'magic'"
     )
@@ -198,3 +199,15 @@ def test_closed_pipe() -> None:
         os.close(writer)
         assert b"Traceback" not in done.stderr, (arguments, done.stderr)
         assert b"Exception ignored" not in done.stderr, (arguments, done.stderr)
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_full_disk(as_json: list[str]) -> None:
+    command = [sys.executable, "-m", "tightfit", "plan", os.fspath(LLAMA), *as_json]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: cannot write to the standard output: No space left on device\n"
+        "hint: free some space, or send the output elsewhere\n"
+    )

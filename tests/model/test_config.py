@@ -253,19 +253,25 @@ def broken_configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(config=broken_configs(), size=st.sampled_from([1, 2, 3]))
-def test_no_config_gives_a_traceback(config: dict[str, Any], size: int) -> None:
+@given(
+    config=broken_configs(),
+    size=st.sampled_from([1, 2, 3]),
+    engine=st.sampled_from(["vllm", "builtin"]),
+)
+def test_no_config_gives_a_traceback(config: dict[str, Any], size: int, engine: str) -> None:
     try:
         spec = model_spec(config)
         parameters(spec)
-        check_parallel(spec, Parallel(tensor_parallel_size=size))
-        options = PlanOptions(device=CATALOGUE["h100-80gb"], tensor_parallel_size=size)
+        check_parallel(spec, Parallel(tensor_parallel_size=size, uneven=engine == "builtin"))
+        options = PlanOptions(
+            engine=engine, device=CATALOGUE["h100-80gb"], tensor_parallel_size=size
+        )
         plan = make_plan(spec, options, name="it")
     except TightfitError as e:
         complaint = e.message
     else:
         json.dumps(plan.to_json(), allow_nan=False)
-        assert all(rank.total_bytes >= 0 for rank in plan.ranks)
+        assert all(c.planned_bytes >= 0 for rank in plan.ranks for c in rank.components)
         return
     assert complaint
     assert "\n" not in complaint
