@@ -103,19 +103,22 @@ def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -
             uneven=layout.uneven,
         )
         for rank in parallel.ranks():
-            expected = {t.name: t.shape for t in rank_tensors(spec, rank, layout)}
+            expected = {t.name: t for t in rank_tensors(spec, rank, layout)}
             files = manifest.rank_files(rank.rank)
-            stored = {t.name: t.shape for file in files for t in file.tensors}
-            for name in expected.keys() - stored.keys():
+            stored = {t.name: t for file in files for t in file.tensors}
+            for name in sorted(expected.keys() - stored.keys()):
                 yield f"rank {rank.rank} lacks {name!r}"
-            for name in stored.keys() - expected.keys():
+            for name in sorted(stored.keys() - expected.keys()):
                 yield f"rank {rank.rank} has {name!r}, which layout {layout.name} does not want"
-            for name in expected.keys() & stored.keys():
-                if expected[name] != stored[name]:
+            for name in sorted(expected.keys() & stored.keys()):
+                wanted, found = expected[name], stored[name]
+                if wanted.shape != found.shape:
                     yield (
-                        f"rank {rank.rank}: {name!r} has the shape {list(stored[name])}, and "
-                        f"config.json says {list(expected[name])}"
+                        f"rank {rank.rank}: {name!r} has the shape {list(found.shape)}, and "
+                        f"config.json says {list(wanted.shape)}"
                     )
+                elif (wanted.pieces, wanted.fill) != (found.pieces, found.fill):
+                    yield f"rank {rank.rank}: {name!r} holds the slices of another rank or model"
     except TightfitError as error:
         yield f"config.json does not fit the manifest: {error.message}"
 
