@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.errors import CheckpointError
+from tightfit.errors import CheckpointError, UnsupportedModelError
 from tightfit.model.families import model_spec
 from tightfit.model.sources import check_sources, untied
 from tightfit.model.spec import ModelSpec
 
 _CHUNK_BYTES = 2**23
+_MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,12 @@ def describe(checkpoint: Checkpoint) -> Description:
         CheckpointError: a tensor is missing, or is not what config.json says.
     """
     spec = model_spec(checkpoint.config)
+    if spec.quantization is None and checkpoint.source.exists(_MODELOPT):
+        # ModelOpt writes its quantization beside config.json, and shapes would be wrong without.
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is quantized by {_MODELOPT}, which is not modelled",
+            hint="plan the unquantized model",
+        )
     if not checkpoint.has_weights:
         return Description(spec=spec, from_headers=False)
     tensors = checkpoint.tensors()

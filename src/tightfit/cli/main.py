@@ -13,11 +13,13 @@ from tightfit import __version__
 
 COMMANDS = ("plan", "shard", "verify", "run", "demo")
 
-_HELP = """Plan the memory of a language model, prepare its checkpoint, prove that it fits.
+_HELP = "Plan the memory of a language model, prepare its checkpoint, prove that it fits."
 
-Exit codes: 0 done, or it fits; 1 it does not fit, or a verification failed; 2 wrong usage or input;
-3 the model cannot be modelled; 4 planned and measured memory differ; 130 interrupted.
-"""
+_EXIT_CODES = (
+    "Exit codes: 0 done, or it fits; 1 it does not fit, or a verification failed; "
+    "2 wrong usage or input; 3 the model cannot be modelled; "
+    "4 planned and measured memory differ; 130 interrupted."
+)
 
 
 def build(arguments: Sequence[str]) -> typer.Typer:
@@ -25,6 +27,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     app = typer.Typer(
         name="tightfit",
         help=_HELP,
+        epilog=_EXIT_CODES,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,7 +36,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     named = next((a for a in arguments if not a.startswith("-")), None)
     for name in (named,) if named in COMMANDS else COMMANDS:
         command = getattr(import_module(f"tightfit.cli.{name}"), name)
-        app.command(name)(command)
+        app.command(name, epilog=_EXIT_CODES)(command)
     return app
 
 

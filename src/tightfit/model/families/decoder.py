@@ -52,9 +52,15 @@ def rope(
         )
     holder = scaling if scaling.has("rope_theta") else config
     theta = holder.positive("rope_theta", default=default_theta)
+    rotary_dim = int(head_dim * fraction)
+    if rotary_dim % 2:
+        raise ConfigError(
+            f"{config.name} gives rotary embeddings {rotary_dim} features, which cannot be paired",
+            hint="correct head_dim or partial_rotary_factor in the config.json",
+        )
     return Rope(
         theta=theta,
-        rotary_dim=int(head_dim * fraction),
+        rotary_dim=rotary_dim,
         scaling=None if rope_type == "default" else factors,
         max_position_embeddings=config.integer("max_position_embeddings", default=2048),
     )

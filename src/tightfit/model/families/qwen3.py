@@ -1,5 +1,6 @@
 """Qwen3, dense and mixture of experts: per-head norms of queries and keys, no attention bias."""
 
+from tightfit.errors import UnsupportedModelError
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.families.qwen2 import window
@@ -20,9 +21,13 @@ def spec(config: Config) -> ModelSpec:
         qkv_bias=bias,
         output_bias=bias,
     )
+    size, first = window(config)
+    if moe and size is not None:
+        raise UnsupportedModelError(
+            f"a sliding window (use_sliding_window, {size}) in Qwen3MoeForCausalLM is not modelled"
+        )
     if moe:
         return decoder.model(config, _moe_layers(config, attention))
-    size, first = window(config)
     layers = decoder.windowed(
         config,
         attention,

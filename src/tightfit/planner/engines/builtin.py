@@ -7,7 +7,7 @@ On a CPU all ranks share the memory of one machine, and the pool is no larger th
 from math import ceil
 
 from tightfit import __version__
-from tightfit.errors import UsageError
+from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
@@ -55,8 +55,14 @@ class Builtin(Engine):
         """Defaults that suit a demonstration on a CPU, and serving on a GPU.
 
         Raises:
+            UnsupportedModelError: the checkpoint is quantized.
             UsageError: an option that the runtime has not.
         """
+        if spec.quantization is not None:
+            raise UnsupportedModelError(
+                "the builtin runtime has no quantized layers",
+                hint="plan with --engine vllm",
+            )
         if options.kv_cache_dtype != "auto":
             raise UsageError(
                 f"--kv-cache-dtype {options.kv_cache_dtype}: the builtin runtime stores keys and "
