@@ -174,3 +174,28 @@ def test_an_interrupt_stops_all_ranks(start_job: Callable[[str], Job]) -> None:
     process.communicate(timeout=15)
     assert process.returncode == ExitCode.INTERRUPTED
     assert all_gone(ranks, 5)
+
+
+FAILING = """
+import sys
+from tightfit.errors import CheckpointError, TightfitError
+from tightfit.runtime.dist import World
+from tightfit.runtime.session import together
+world = World.from_environment()
+try:
+    with together(world):
+        if world.rank == 1:
+            raise CheckpointError("no tensor", hint="shard again")
+except TightfitError as error:
+    print(f"rank {world.rank}: {error.message} ({error.hint})", flush=True)
+    world.close()
+    sys.exit(error.exit_code)
+"""
+
+
+def test_all_ranks_learn_why_one_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks([sys.executable, "-c", FAILING], 2) == ExitCode.INPUT
+    assert set(capfd.readouterr().out.split("\n")) >= {
+        "rank 0: no tensor (shard again)",
+        "rank 1: no tensor (shard again)",
+    }
