@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from support.configs import ONE_PER_ARCHITECTURE, read_spec
 from tightfit.errors import LayoutError
+from tightfit.model.blocks.attention import head_axes
 from tightfit.model.layout import Axis, Parallel, Rank, on_rank, pipeline_layers
-from tightfit.model.parameters import VOCAB_PADDING, check_parallel, head_axes, parameters
+from tightfit.model.parameters import VOCAB_PADDING, check_parallel, parameters
 from tightfit.model.sources import source_shapes
 from tightfit.model.spec import Attention, ModelSpec, Rope
 

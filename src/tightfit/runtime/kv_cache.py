@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from tightfit.model.blocks.attention import head_axes
 from tightfit.model.layout import Rank
-from tightfit.model.parameters import head_axes
 from tightfit.model.spec import ModelSpec
 
 

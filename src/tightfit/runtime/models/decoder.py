@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tightfit.model.blocks.attention import head_axes
 from tightfit.model.layout import Rank
-from tightfit.model.parameters import NORMS, head_axes, parameters
+from tightfit.model.parameters import NORMS, parameters
 from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, MoE, NormStyle, QKNorm, Rope
 from tightfit.planner.engines.builtin_memory import NORM_ROWS
 from tightfit.runtime.attention import Attend

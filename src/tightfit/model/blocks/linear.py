@@ -1,0 +1,60 @@
+"""What all blocks are made of: linear layers, fused or not in the checkpoint, and vectors."""
+
+from collections.abc import Callable, Iterator
+
+from tightfit.model.layout import Axis, Cut, Part, Stage, Weight
+
+Parts = Callable[[str], tuple[Part, ...]]
+"""The parts of a linear layer's `weight` or `bias`."""
+
+
+def stack(prefix: str, fused: str | None, members: tuple[tuple[str, Axis], ...]) -> Parts:
+    """Members stacked along the output: each a tensor of its own, or rows of one fused tensor."""
+
+    def parts(kind: str) -> tuple[Part, ...]:
+        if fused is None:
+            return tuple(
+                Part(source=f"{prefix}.{name}.{kind}", rows=axis.rows, axis=axis)
+                for name, axis in members
+            )
+        total = sum(axis.rows for _, axis in members)
+        found: list[Part] = []
+        for _, axis in members:
+            first = sum(part.rows for part in found)
+            source = f"{prefix}.{fused}.{kind}"
+            found.append(
+                Part(source=source, rows=axis.rows, axis=axis, first_row=first, source_rows=total)
+            )
+        return tuple(found)
+
+    return parts
+
+
+def linear(
+    name: str,
+    parts: Parts,
+    *,
+    columns: int,
+    cut: Cut,
+    where: int,
+    bias: bool,
+    input_axis: Axis | None = None,
+) -> Iterator[Weight]:
+    """A weight and its bias; the bias of a row parallel layer is whole on every rank."""
+    yield Weight(
+        name=f"{name}.weight",
+        parts=parts("weight"),
+        columns=columns,
+        cut=cut,
+        input_axis=input_axis,
+        where=where,
+        linear=True,
+    )
+    if bias:
+        bias_cut = Cut.OUTPUT if cut is Cut.OUTPUT else Cut.NONE
+        yield Weight(name=f"{name}.bias", parts=parts("bias"), cut=bias_cut, where=where)
+
+
+def vector(name: str, size: int, where: int | Stage) -> Weight:
+    """A norm or the like, whole on every rank, with the same name in the checkpoint."""
+    return Weight(name=name, parts=(Part(source=name, rows=size),), where=where)
