@@ -124,7 +124,14 @@ def run(
         block_size=block_size,
         dtype=dtype,
     )
-    planned = plan_model(model, wanted, revision=revision, download=load_format == "auto")
+    prompts = () if check else tuple(prompt or ())
+    planned = plan_model(
+        model,
+        wanted,
+        revision=revision,
+        download=load_format == "auto",
+        with_text=bool(prompts),
+    )
     _require_weights(planned.checkpoint, shards, load_format)
     if not planned.plan.verdict.fits:
         print(f"does not fit: {planned.plan.verdict.reason}", file=sys.stderr)
@@ -138,9 +145,9 @@ def run(
         shards=shards,
         directory=Path(model),
         load_format=load_format,
-        prompts=() if check else tuple(prompt or ()),
+        prompts=prompts,
         raw=raw,
-        streams=not as_json and len(prompt or ()) == 1,
+        streams=not as_json and len(prompts) == 1,
     )
     report = _execute(job, sampling)
     if report is None:

@@ -30,7 +30,7 @@ def engine(options: PlanOptions) -> Engine:
     if options.engine == "builtin":
         from tightfit.planner.engines.builtin import Builtin
 
-        return Builtin(options.device)
+        return Builtin(options.device, tokenizer_json_bytes=options.tokenizer_json_bytes)
     raise UsageError(f"unknown --engine {options.engine!r}", hint="vllm or builtin")
 
 

@@ -42,6 +42,8 @@ class PlanOptions:
     block_size: int | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    tokenizer_json_bytes: int = 0
+    """Size of the tokenizer that a rank will hold in memory; 0 if it handles no text."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values.

@@ -33,8 +33,9 @@ class Builtin(Engine):
     name = "builtin"
     version = __version__
 
-    def __init__(self, device: Device | None) -> None:
+    def __init__(self, device: Device | None, *, tokenizer_json_bytes: int = 0) -> None:
         self.kind = "cuda" if device is None else device.kind
+        self.tokenizer_json_bytes = tokenizer_json_bytes
         self.not_modelled = () if self.kind == "cpu" else ("cuda_graphs", "cuda_context", "nccl")
 
     def parallel(self, options: PlanOptions) -> Parallel:
@@ -95,6 +96,7 @@ class Builtin(Engine):
             max_num_batched_tokens=resolved.max_num_batched_tokens.value,
             block_size=resolved.block_size.value,
             device=self.kind,
+            tokenizer_json_bytes=self.tokenizer_json_bytes,
         )
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:

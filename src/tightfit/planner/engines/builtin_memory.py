@@ -40,6 +40,9 @@ _HEAP_BYTES = 6 * MiB
 """Small blocks that malloc keeps, and kernels compiled for the shapes of a step, on a CPU: measured
 to be 3 to 9 MiB, whatever the model."""
 
+OTHER_VERSION = "measured_with_another_version"
+"""`detail` of a calibrated component, where the installed torch was never measured."""
+
 _SORT_BYTES = 26
 """Per logit: a copy and its sorted values (4 + 4), order (8), probabilities and their sums (4 + 4),
 and masks (2)."""
@@ -241,6 +244,7 @@ def _process_baseline(rank: Rank, tokenizer_json_bytes: int) -> Component:
         origin="calibrated",
         formula=f"{format_bytes(process)} measured for a process with torch {entry['torch']}"
         + (f" + {format_bytes(tokenizer)} for the tokenizer" if tokenizer else ""),
+        detail={} if entry["torch"] == _torch_version() else {OTHER_VERSION: 1},
     )
 
 
