@@ -100,6 +100,8 @@ def test_two_ranks_use_what_was_planned(dtype: str, tmp_path: Path) -> None:
 
 def test_the_ledger_sees_what_stays_and_what_passes() -> None:
     ledger = CpuLedger()
+    with ledger.phase("the first use of torch"):
+        torch.zeros(MiB, dtype=torch.uint8).add_(1)
     with ledger.phase("one"):
         kept = torch.zeros(16 * MiB, dtype=torch.uint8)
         torch.zeros(48 * MiB, dtype=torch.uint8).add_(1)
