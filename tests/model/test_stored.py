@@ -18,6 +18,7 @@ CONSTANTS = {
     f"self_attn.attn.{name}" for name in ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 }
 NORMS = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+POST_NORMS = {"post_attention_layernorm.weight", "post_feedforward_layernorm.weight"}
 SANDWICH = NORMS | {"pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}
 ATTENTION = {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight"} | CONSTANTS
 DENSE = {"mlp.gate_up_proj.weight", "mlp.down_proj.weight"}
@@ -55,16 +56,12 @@ EXPECTED = {
     "phi3": (PLAIN, UNTIED),
     "phi3_longrope": (PLAIN, UNTIED),
     "phi4_partial": (PLAIN, UNTIED),
+    "gemma": (PLAIN, TIED),
     "gemma2": (ATTENTION | DENSE | SANDWICH, {NORM, EMBEDDING}),
     "gemma3": (ATTENTION | DENSE | SANDWICH | QK_NORMS, TIED),
     "granite": (PLAIN, TIED),
-    "olmo2": (
-        ATTENTION
-        | DENSE
-        | QK_NORMS
-        | {"post_attention_layernorm.weight", "post_feedforward_layernorm.weight"},
-        UNTIED,
-    ),
+    "olmo2": (ATTENTION | DENSE | QK_NORMS | POST_NORMS, UNTIED),
+    "olmo3": (ATTENTION | DENSE | QK_NORMS | POST_NORMS, UNTIED),
 }
 
 

@@ -48,7 +48,7 @@ def check(model: Path, out: Path, size: int, **options: object) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family(name: str, size: int, tiny_model: TinyModel, tmp_path: Path) -> None:
     # vLLM itself cannot copy KV heads that are normalized together.
-    layout = "builtin" if (name, size) == ("olmo2", 4) else "vllm-0.32"
+    layout = "builtin" if name in ("olmo2", "olmo3") and size == 4 else "vllm-0.32"
     check(tiny_model(name), tmp_path / "out", size, layout=layout)
 
 

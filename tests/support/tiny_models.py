@@ -74,6 +74,7 @@ def _recipes() -> dict[str, Callable[[], Any]]:
             T.Phi3Config, rope_parameters=_LONGROPE, original_max_position_embeddings=64
         ),
         "phi4_partial": recipe(T.Phi3Config, partial_rotary_factor=0.5),
+        "gemma": recipe(T.GemmaConfig, head_dim=64),
         "gemma2": recipe(T.Gemma2Config, **windowed),
         "gemma3": recipe(T.Gemma3TextConfig, num_hidden_layers=7, **windowed),
         "granite": recipe(
@@ -85,13 +86,14 @@ def _recipes() -> dict[str, Callable[[], Any]]:
             attention_multiplier=0.0078125,
         ),
         "olmo2": recipe(T.Olmo2Config),
+        "olmo3": recipe(T.Olmo3Config, num_hidden_layers=5, sliding_window=16),
     }
 
 
 NAMES = (
     "llama", "llama3", "llama_mqa", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied",
-    "qwen3", "qwen3_moe", "mixtral", "phi3", "phi3_longrope", "phi4_partial", "gemma2", "gemma3",
-    "granite", "olmo2",
+    "qwen3", "qwen3_moe", "mixtral", "phi3", "phi3_longrope", "phi4_partial", "gemma", "gemma2",
+    "gemma3", "granite", "olmo2", "olmo3",
 )  # fmt: skip
 
 

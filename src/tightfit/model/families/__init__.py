@@ -21,10 +21,12 @@ _MODULES: Mapping[str, str] = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
+    "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "GraniteForCausalLM": "granite",
-    "Olmo2ForCausalLM": "olmo2",
+    "Olmo2ForCausalLM": "olmo",
+    "Olmo3ForCausalLM": "olmo",
 }
 
 

@@ -1,16 +1,19 @@
-"""Gemma 2 and Gemma 3 text: sandwich norms, alternating windows, tied and scaled embeddings."""
+"""Gemma 1, 2 and 3 (text): tied and scaled embeddings; from 2 on sandwich norms and windows."""
 
 import math
+from dataclasses import replace
 
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.spec import ModelSpec, NormStyle, QKNorm, Rope
 
-ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
 
 def spec(config: Config) -> ModelSpec:
     """Gemma 2 slides every other layer; Gemma 3 all but every sixth, with a rope of their own."""
+    if config.strings("architectures")[0] == "GemmaForCausalLM":
+        return _first(config)
     third = config.strings("architectures")[0] == "Gemma3ForCausalLM"
     head_dim = config.integer("head_dim", default=256)
     bias = config.boolean("attention_bias")
@@ -68,4 +71,22 @@ def _local_rope(config: Config, head_dim: int) -> Rope:
         theta=config.number("rope_local_base_freq", default=10_000.0),
         rotary_dim=head_dim,
         max_position_embeddings=config.integer("max_position_embeddings", default=131_072),
+    )
+
+
+def _first(config: Config) -> ModelSpec:
+    """Gemma 1: a Llama with Gemma's norms and embeddings."""
+    bias = config.boolean("attention_bias")
+    attention = decoder.attention(
+        config, default_kv_heads=16, default_head_dim=256, qkv_bias=bias, output_bias=bias
+    )
+    # The first configs say "gelu" and mean the approximation, as transformers knows.
+    mlp = replace(decoder.dense_mlp(config), activation="gelu_pytorch_tanh")
+    return decoder.model(
+        config,
+        decoder.uniform(config, attention, mlp),
+        default_tied=True,
+        norm_unit_offset=True,
+        embedding_scale=math.sqrt(config.integer("hidden_size")),
+        max_position_embeddings=config.integer("max_position_embeddings", default=8192),
     )
