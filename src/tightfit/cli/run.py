@@ -137,7 +137,10 @@ def run(
         print(f"does not fit: {planned.plan.verdict.reason}", file=sys.stderr)
         raise typer.Exit(ExitCode.FINDING)
     if size > 1 and not is_rank():
-        raise typer.Exit(launch_ranks([sys.executable, "-m", "tightfit", *sys.argv[1:]], size))
+        code = launch_ranks([sys.executable, "-m", "tightfit", *sys.argv[1:]], size)
+        if code == ExitCode.INTERRUPTED:
+            print("\ninterrupted", file=sys.stderr)
+        raise typer.Exit(code)
     job = _Job(
         checkpoint=planned.checkpoint,
         spec=planned.spec,

@@ -59,7 +59,8 @@ def launch_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # This process only waits; what torch logs about ends and signals we say ourselves.
+    logging.disable(logging.CRITICAL)
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
     if sys.platform == "linux":
@@ -84,6 +85,8 @@ def launch_ranks(
         return _explain({rank: failure.exitcode for rank, failure in error.failures.items()})
     except (SignalException, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
+    finally:
+        logging.disable(logging.NOTSET)
     return ExitCode.OK
 
 

@@ -238,13 +238,18 @@ def _process_baseline(rank: Rank, tokenizer_json_bytes: int) -> Component:
     if rank.tp_rank == 0 and tokenizer_json_bytes:
         per_byte = data["tokenizer"]["bytes_per_json_byte"]
         tokenizer = int(data["tokenizer"]["base_bytes"] + per_byte * tokenizer_json_bytes)
+    installed = _torch_version()
+    formula = f"{format_bytes(process)} measured for a process with torch {entry['torch']}"
+    if installed not in ("", entry["torch"]):
+        formula += f" ({installed} is installed)"
+    if tokenizer:
+        formula += f" + {format_bytes(tokenizer)} for the tokenizer"
     return Component(
         name="process_baseline",
         planned_bytes=process + tokenizer,
         origin="calibrated",
-        formula=f"{format_bytes(process)} measured for a process with torch {entry['torch']}"
-        + (f" + {format_bytes(tokenizer)} for the tokenizer" if tokenizer else ""),
-        detail={} if entry["torch"] == _torch_version() else {OTHER_VERSION: 1},
+        formula=formula,
+        detail={} if entry["torch"] == installed else {OTHER_VERSION: 1},
     )
 
 
