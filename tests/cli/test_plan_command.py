@@ -49,6 +49,20 @@ def test_auto_length(auto: str) -> None:
     assert document["options"]["max_model_len"]["value"] == longest > 10_000
 
 
+def test_graphs_and_runner() -> None:
+    arguments = ("plan", LLAMA, "--gpu", "h100-80gb", "--engine-version", "0.25.1")
+    done = tightfit(
+        *(*arguments, "--cudagraph-capture-sizes", "8, 1", "--no-use-v2-model-runner", "--json")
+    )
+    document = json.loads(done.stdout)
+    assert document["options"]["cudagraph_capture_sizes"] == {"value": [1, 8], "origin": "flag"}
+    assert document["options"]["model_runner"] == {"value": "v1", "origin": "flag"}
+    human = tightfit(*arguments, "--enforce-eager")
+    assert "cuda_graphs" not in human.stdout
+    assert "The driver will show" in human.stdout
+    assert "outside" in human.stdout
+
+
 def test_does_not_fit() -> None:
     done = tightfit("plan", LLAMA, "--gpu", "t4-16gb", "--json")
     assert done.returncode == 1
@@ -57,7 +71,7 @@ def test_does_not_fit() -> None:
     assert verdict["fits"] is False
     human = tightfit("plan", LLAMA, "--gpu", "t4-16gb")
     assert human.returncode == 1
-    assert human.stdout.startswith("does not fit: a rank holds 15.0 GiB before any KV cache")
+    assert human.stdout.startswith("does not fit: a rank holds 17.0 GiB before any KV cache")
     assert "vllm would say: No available memory for the cache blocks" in human.stdout
 
 
@@ -89,6 +103,11 @@ def test_no_escape_codes_in_a_pipe(variables: dict[str, str]) -> None:
         (["--engine", "other"], 2, "unknown --engine 'other'"),
         (["--engine-version", "0.1"], 2, "vLLM 0.1 is not modelled"),
         (["--entrypoint", "batch"], 2, "unknown --entrypoint 'batch'"),
+        (["--cudagraph-capture-sizes", "1,x"], 2,
+         "--cudagraph-capture-sizes '1,x' is not a list of numbers"),
+        (["--cudagraph-capture-sizes", "0"], 2, "--cudagraph-capture-sizes 0 is out of range"),
+        (["--max-cudagraph-capture-size", "0"], 2,
+         "--max-cudagraph-capture-size 0 is out of range"),
         (["--revision", "main"], 2, f"--revision main does not apply to {LLAMA}"),
     ],
 )  # fmt: skip

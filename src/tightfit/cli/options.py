@@ -12,6 +12,7 @@ from tightfit.units import parse_bytes, parse_tokens
 _LAYOUT = "Parallel layout"
 _MEMORY = "Memory"
 _DEVICE = "Device"
+_GRAPHS = "CUDA graphs (vLLM)"
 
 Model = Annotated[
     str,
@@ -95,6 +96,32 @@ KvCacheDtype = Annotated[
     str, typer.Option(rich_help_panel=_MEMORY, help="auto, bfloat16, float16, fp8, ...")
 ]
 
+EnforceEager = Annotated[
+    bool, typer.Option("--enforce-eager", rich_help_panel=_GRAPHS, help="No CUDA graphs.")
+]
+CudagraphCaptureSizes = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_GRAPHS,
+        help="Batch sizes to capture, such as 1,2,4,8.",
+        show_default="engine's",
+    ),
+]
+MaxCudagraphCaptureSize = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_GRAPHS, help="The largest size captured.", show_default="engine's"
+    ),
+]
+UseV2ModelRunner = Annotated[
+    bool | None,
+    typer.Option(
+        rich_help_panel=_GRAPHS,
+        help="vLLM's environment variable VLLM_USE_V2_MODEL_RUNNER.",
+        show_default="the version's",
+    ),
+]
+
 
 def plan_options(
     *,
@@ -106,6 +133,7 @@ def plan_options(
     kv_cache_memory_bytes: str | None,
     entrypoint: str = "server",
     engine_version: str | None = None,
+    cudagraph_capture_sizes: str | None = None,
     **plain: int | float | str | None,
 ) -> PlanOptions:
     """The options of a plan, read from their spellings on the command line.
@@ -131,5 +159,19 @@ def plan_options(
         max_model_len=length,
         max_num_batched_tokens=tokens,
         kv_cache_memory_bytes=pool,
+        cudagraph_capture_sizes=_sizes(cudagraph_capture_sizes),
         **plain,  # type: ignore[arg-type]
     )
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    """Numbers between commas or spaces."""
+    if text is None:
+        return None
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() for word in words):
+        raise UsageError(
+            f"--cudagraph-capture-sizes {text!r} is not a list of numbers",
+            hint="write it as 1,2,4,8",
+        )
+    return tuple(int(word) for word in words)

@@ -34,6 +34,10 @@ def plan(
     block_size: o.BlockSize = None,
     dtype: o.Dtype = "auto",
     kv_cache_dtype: o.KvCacheDtype = "auto",
+    enforce_eager: o.EnforceEager = False,
+    cudagraph_capture_sizes: o.CudagraphCaptureSizes = None,
+    max_cudagraph_capture_size: o.MaxCudagraphCaptureSize = None,
+    use_v2_model_runner: o.UseV2ModelRunner = None,
     explain: Annotated[
         str | None,
         typer.Option(help="Print how one component was computed.", show_default=False),
@@ -67,6 +71,10 @@ def plan(
         block_size=block_size,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
+        enforce_eager=enforce_eager,
+        cudagraph_capture_sizes=cudagraph_capture_sizes,
+        max_cudagraph_capture_size=max_cudagraph_capture_size,
+        use_v2_model_runner=use_v2_model_runner,
     )
     result = plan_model(model, wanted, revision=revision).plan
     if explain is not None:

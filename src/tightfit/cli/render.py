@@ -69,7 +69,7 @@ def _subject(plan: Plan) -> str:
         device = f" on {ranks} rank{'s' if ranks > 1 else ''} of a " if cpu else f" on {ranks} × "
         device += plan.device.name
     params = plan.model.params
-    count = f"{params / 1e9:.2f}B" if params >= 1e9 else f"{params / 1e6:.0f}M"
+    count = f"{params / 1e9:.2f}B" if params >= 999.5e6 else f"{params / 1e6:.0f}M"
     return escape(
         f"{plan.model.name} ({plan.model.architecture}, {count} parameters) "
         f"with {plan.engine} {plan.engine_version}{device}; "
@@ -99,7 +99,7 @@ def _bar(group: Sequence[RankPlan], width: int) -> Text:
     cells = max(10, width - len(label) - len(tail) - 1)
     bar = Text(label)
     drawn = done = 0
-    for component in rank.components:
+    for component in (c for c in rank.components if c.inside_budget):
         done += component.planned_bytes
         end = round(cells * done / total)
         bar.append("█" * (end - drawn), style=_COLORS.get(component.name, _OTHER))
@@ -123,12 +123,12 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
         table.add_column("difference", justify="right")
     table.add_column("how computed", overflow="fold")
     whole = rank.budget_bytes or rank.total_bytes or 1
-    for component in rank.components:
+    for component in sorted(rank.components, key=lambda c: not c.inside_budget):
         color = _COLORS.get(component.name, _OTHER)
         cells: list[str | Text] = [
             Text.assemble(("■ ", color), component.name),
             f"{component.planned_bytes / size:,.2f}",
-            f"{component.planned_bytes / whole:.1%}",
+            f"{component.planned_bytes / whole:.1%}" if component.inside_budget else "outside",
         ]
         if measured:
             cells += _measured(component.planned_bytes, component.measured_bytes, size)
@@ -150,6 +150,12 @@ def _notes(plan: Plan, console: Console) -> None:
         f"blocks of {kv.block_size} tokens"
         + ("" if kv.num_blocks is None else f", {kv.num_blocks:,} blocks")
     ]
+    driver = max((rank.driver_used_bytes or 0 for rank in plan.ranks), default=0)
+    if driver and plan.device is not None:
+        lines.append(
+            f"The driver will show {format_bytes(driver)} used, of "
+            f"{format_bytes(plan.device.total_bytes)}"
+        )
     longest = plan.verdict.max_model_len_that_fits
     if longest is not None:
         lines.append(f"Longest context that fits: {longest:,} tokens")
@@ -193,8 +199,14 @@ def render_checks(plan: Plan, checks: Sequence["Check"], console: Console) -> No
             f"{check.measured_bytes / MiB:,.1f}",
             f"{check.difference_bytes / MiB:+,.1f}",
             f"{check.allowed_bytes / MiB:,.1f}",
-            Text("ok", style="green") if check.ok else Text("differs", style="bold red"),
+            _judgement(check),
             style="bold" if total else "",
             end_section=total and len(ranks) > 1,
         )
     console.print(table)
+
+
+def _judgement(check: "Check") -> Text:
+    if not check.judged:
+        return Text("not judged: never measured", style="yellow")
+    return Text("ok", style="green") if check.ok else Text("differs", style="bold red")

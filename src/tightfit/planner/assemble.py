@@ -26,7 +26,7 @@ def engine(options: PlanOptions) -> Engine:
     if options.engine == "vllm":
         from tightfit.planner.engines.vllm import VLLM
 
-        return VLLM()
+        return VLLM(options.device, options.engine_version)
     if options.engine == "builtin":
         from tightfit.planner.engines.builtin import Builtin
 
@@ -77,7 +77,7 @@ def make_plan(
         entrypoint=options.entrypoint,
         device=options.device,
         options=resolved,
-        ranks=tuple(_rank_plan(one, pool, resolved) for one in fixed),
+        ranks=tuple(_rank_plan(one, pool, resolved, chosen) for one in fixed),
         kv_cache=_kv_plan(pool, resolved),
         verdict=_verdict(pool, chosen, resolved.max_model_len.value, longest),
         not_modelled=chosen.not_modelled,
@@ -93,7 +93,12 @@ class _Fixed(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        return sum(component.planned_bytes for component in self.components)
+        return sum(c.planned_bytes for c in self.components if c.inside_budget)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What of it the device holds once the engine has started, inside the budget or not."""
+        return sum(component.resident_bytes for component in self.components)
 
     @classmethod
     def of(
@@ -146,7 +151,10 @@ def _pool(
     if explicit is not None and device is not None:
         # A pool of a given size is allocated whatever the budget is, until memory ends.
         sharers = parallel.world_size if device.kind == "cpu" else 1
-        largest = max(one.total_bytes + blocks * one.kv.bytes_per_block for one in fixed)
+        largest = max(
+            max(one.total_bytes, one.resident_bytes) + blocks * one.kv.bytes_per_block
+            for one in fixed
+        )
         excess = max(largest - device.total_bytes // sharers, 0)
     return _Pool(budget, worst, available(worst), usable, blocks, excess)
 
@@ -185,7 +193,7 @@ def _longest(attempt: Callable[[int], _Attempt], pool: _Pool, limit: int) -> int
     return low
 
 
-def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved) -> RankPlan:
+def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved, engine: Engine) -> RankPlan:
     length = resolved.max_model_len.value
     block_bytes = one.kv.bytes_per_block
     if pool.num_blocks is None:
@@ -207,6 +215,9 @@ def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved) -> RankPlan:
         tp_rank=one.rank.tp_rank,
         components=(weights, kv_cache, *others),
         budget_bytes=pool.budget_bytes,
+        driver_used_bytes=one.resident_bytes + blocks * block_bytes
+        if engine.models_driver and pool.num_blocks is not None
+        else None,
     )
 
 

@@ -42,6 +42,11 @@ class PlanOptions:
     block_size: int | None = None
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
+    max_cudagraph_capture_size: int | None = None
+    use_v2_model_runner: bool | None = None
+    """vLLM's VLLM_USE_V2_MODEL_RUNNER; None leaves the choice to the version."""
     tokenizer_json_bytes: int = 0
     """Size of the tokenizer that a rank will hold in memory; 0 if it handles no text."""
 
@@ -57,12 +62,19 @@ class PlanOptions:
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("block_size", 1),
+            ("max_cudagraph_capture_size", 1),
             ("kv_cache_memory_bytes", 0),
         ):
             value = getattr(self, name)
             if value is not None and not minimum <= value < 2**50:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} {value} is out of range", hint=f"at least {minimum}")
+        sizes = self.cudagraph_capture_sizes
+        if sizes is not None and not (sizes and all(0 < size < 2**20 for size in sizes)):
+            raise UsageError(
+                f"--cudagraph-capture-sizes {' '.join(map(str, sizes))} is out of range",
+                hint="numbers of tokens, at least one",
+            )
         if self.max_model_len is not None and not (
             self.max_model_len == -1 or 0 < self.max_model_len < 2**40
         ):
@@ -110,15 +122,17 @@ class Resolved:
     block_size: Option[int]
     tensor_parallel_size: Option[int]
     pipeline_parallel_size: Option[int]
+    enforce_eager: Option[bool] | None = None
+    cudagraph_capture_sizes: Option[tuple[int, ...]] | None = None
+    model_runner: Option[str] | None = None
+    """What only some engines know is None in the others."""
 
     def to_json(self) -> dict[str, Any]:
         """The options in schema 1."""
         return {
-            field.name: {
-                "value": getattr(self, field.name).value,
-                "origin": getattr(self, field.name).origin,
-            }
+            field.name: {"value": option.value, "origin": option.origin}
             for field in fields(self)
+            if (option := getattr(self, field.name)) is not None
         }
 
 

@@ -31,6 +31,8 @@ COMPONENTS = (
     "non_torch",
     "cuda_context",
     "nccl",
+    "block_tables",
+    "allocator_cache",
     "lora",
     "process_baseline",
 )
@@ -49,6 +51,13 @@ class Component:
     measured_bytes: int | None = None
     detail: Mapping[str, int] = field(default_factory=dict)
     """Parts of the whole that a reader may ask for, such as padding."""
+    inside_budget: bool = True
+    """Whether the engine takes it from its budget, and hence from the KV cache."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """What of it the device still holds once the engine has started."""
+        return self.detail.get("resident_bytes", self.planned_bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The component in schema 1."""
@@ -62,6 +71,8 @@ class Component:
             document["measured_bytes"] = self.measured_bytes
         if self.detail:
             document["detail"] = dict(self.detail)
+        if not self.inside_budget:
+            document["inside_budget"] = False
         return document
 
 
@@ -79,8 +90,8 @@ class RankPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Everything that the rank holds."""
-        return sum(component.planned_bytes for component in self.components)
+        """Everything that the budget pays for."""
+        return sum(c.planned_bytes for c in self.components if c.inside_budget)
 
     @property
     def headroom_bytes(self) -> int | None:

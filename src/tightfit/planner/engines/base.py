@@ -17,6 +17,8 @@ class Engine(ABC):
     version: str
     not_modelled: tuple[str, ...]
     """What this model leaves out, so that nobody takes it for zero."""
+    models_driver: bool = False
+    """Whether the components add up to what the driver of the device will show."""
     held_back_blocks: int = 0
     """Blocks of the pool that no sequence can have."""
     out_of_memory: str = "out of memory"

@@ -1,0 +1,107 @@
+"""What vLLM allocates beside parameters and pool, and keeps.
+
+Sources (vLLM 0.25.1 and 0.32.0): `layers/rotary_embedding/`, `v1/worker/gpu/states.py`,
+`v1/worker/gpu/sample/{penalties,logit_bias,bad_words}.py`, `v1/worker/gpu/block_table.py`,
+`v1/worker/gpu_model_runner.py: _make_buffer`.
+"""
+
+from tightfit.model.spec import Rope
+from tightfit.planner.engines.vllm_setting import Setting
+from tightfit.planner.plan import Component
+from tightfit.units import MiB, cdiv, round_up
+
+_SEGMENT = 2 * MiB
+_UNSHARED = 10 * MiB
+"""torch's allocator gives tensors of this size and more a segment of their own."""
+
+
+def after_load(setting: Setting) -> Component:
+    """Rope tables, and what the allocator loses by whole segments; vLLM logs both as weights."""
+    tables = [
+        _table_rows(rope) * rope.rotary_dim * setting.element_bytes
+        for rope in {layer.attention.rope: None for layer in setting.layers}
+    ]
+    sizes = setting.tensor_sizes()
+    lost = sum(round_up(size, _SEGMENT) - size for size in sizes if size >= _UNSHARED)
+    return Component(
+        name="weights_after_load",
+        planned_bytes=sum(tables) + lost,
+        origin="derived",
+        formula="rope tables (positions x rotary_dim x b): "
+        + " + ".join(map(str, tables))
+        + f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}",
+    )
+
+
+def _table_rows(rope: Rope) -> int:
+    """Positions in a table; yarn and longrope start from the unscaled context."""
+    scaling = rope.scaling or {}
+    kind, rows = scaling.get("rope_type"), rope.max_position_embeddings
+    factor = scaling.get("factor", 1.0)
+    original = scaling.get("original_max_position_embeddings", rows)
+    if kind in ("linear", "dynamic"):
+        return int(rows * factor)
+    if kind == "yarn":
+        return int(original * factor)
+    return rows + original if kind == "longrope" else rows
+
+
+def persistent_buffers(setting: Setting) -> Component:
+    """The state of requests between steps."""
+    parts = _v1_buffers(setting) if setting.runner == "v1" else _v2_buffers(setting)
+    return Component(
+        name="persistent_buffers",
+        planned_bytes=sum(parts.values()),
+        origin="derived",
+        formula=f"N = {setting.max_num_seqs}, M = {setting.max_num_batched_tokens}, "
+        f"V = {setting.spec.vocab_size}; "
+        + " + ".join(f"{name}: {size}" for name, size in parts.items()),
+        inside_budget=setting.rules.charges_buffers,
+    )
+
+
+def _v2_buffers(setting: Setting) -> dict[str, int]:
+    n, m, v = setting.max_num_seqs, setting.max_num_batched_tokens, setting.spec.vocab_size
+    parts = {"inputs 13 x M": 13 * m, "lengths and starts 12 x N": 12 * n}
+    if setting.last_stage:
+        parts |= {
+            "counts of output tokens 4 x N x V": 4 * n * v,
+            "masks of prompt and grammar 2 x 4 x N x V / 32": 8 * n * cdiv(v, 32),
+            "biased, allowed, stop and bad tokens 4 x N x (3200 + 1153)": 4 * n * (3200 + 1153),
+        }
+    if not setting.first_stage:
+        parts["tensors from the stage before 2 x M x H x b"] = 2 * setting.hidden_bytes
+    return parts
+
+
+def _v1_buffers(setting: Setting) -> dict[str, int]:
+    n, m = setting.max_num_seqs, setting.max_num_batched_tokens
+    parts = {
+        "input embeddings M x H x b": setting.hidden_bytes,
+        "inputs 24 x M": 24 * m,
+        "block tables": _table_bytes(setting),
+    }
+    if not setting.first_stage:
+        parts["tensors from the stage before 2 x M x H x b"] = 2 * setting.hidden_bytes
+    return parts | {"lengths and starts 12 x N": 12 * n}
+
+
+def block_tables(setting: Setting) -> Component:
+    """The V2 runner makes them with the pool, when the budget has been spent.
+
+    `initialize_kv_cache`: two tables per group, rows rounded to 128 tokens.
+    """
+    return Component(
+        name="block_tables",
+        planned_bytes=2 * _table_bytes(setting),
+        origin="derived",
+        formula=f"{setting.kv_groups} groups x 2 x (N x blocks of {setting.max_model_len} tokens "
+        f"x 4 + 8 x M) with N = {setting.max_num_seqs}",
+        inside_budget=False,
+    )
+
+
+def _table_bytes(setting: Setting) -> int:
+    blocks = cdiv(round_up(setting.max_model_len, 128), setting.block_size)
+    table = setting.max_num_seqs * blocks * 4 + setting.max_num_batched_tokens * 8
+    return setting.kv_groups * table
