@@ -7,7 +7,7 @@ attention demands it.
 """
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,60 +41,55 @@ _LONGROPE = {
 }
 
 
-def _recipes() -> dict[str, Callable[[], Any]]:
-    import transformers as T
+_WINDOWED: dict[str, Any] = {"head_dim": 64, "query_pre_attn_scalar": 32, "sliding_window": 16}
 
-    def recipe(config_class: Any, **changes: Any) -> Callable[[], Any]:
-        return lambda: config_class(**(_COMMON | changes))
+# The config class in transformers, and what is different from `_COMMON`.
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama3": ("LlamaConfig", {"rope_parameters": _LLAMA3_ROPE, "head_dim": 64}),
+    "llama_mqa": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "llama_tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama_bias": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2_tied": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {"head_dim": 64}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phi3": ("Phi3Config", {}),
+    "phi3_longrope": (
+        "Phi3Config",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 64},
+    ),
+    "phi4_partial": ("Phi3Config", {"partial_rotary_factor": 0.5}),
+    "gemma": ("GemmaConfig", {"head_dim": 64}),
+    "gemma2": ("Gemma2Config", _WINDOWED),
+    "gemma3": ("Gemma3TextConfig", {"num_hidden_layers": 7, **_WINDOWED}),
+    "granite": (
+        "GraniteConfig",
+        {
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 16.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0078125,
+        },
+    ),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", {"num_hidden_layers": 5, "sliding_window": 16}),
+}
 
-    windowed = {"head_dim": 64, "query_pre_attn_scalar": 32, "sliding_window": 16}
-    moe = {"num_experts_per_tok": 2}
-    return {
-        "llama": recipe(T.LlamaConfig),
-        "llama3": recipe(T.LlamaConfig, rope_parameters=_LLAMA3_ROPE, head_dim=64),
-        "llama_mqa": recipe(T.LlamaConfig, num_key_value_heads=1),
-        "llama_tied": recipe(T.LlamaConfig, tie_word_embeddings=True),
-        "llama_bias": recipe(T.LlamaConfig, attention_bias=True, mlp_bias=True),
-        "mistral": recipe(T.MistralConfig, sliding_window=16),
-        "qwen2": recipe(T.Qwen2Config),
-        "qwen2_tied": recipe(T.Qwen2Config, tie_word_embeddings=True),
-        "qwen3": recipe(T.Qwen3Config, head_dim=64),
-        "qwen3_moe": recipe(
-            T.Qwen3MoeConfig,
-            head_dim=32,
-            num_experts=4,
-            moe_intermediate_size=64,
-            norm_topk_prob=True,
-            mlp_only_layers=[1],
-            **moe,
-        ),
-        "mixtral": recipe(T.MixtralConfig, num_local_experts=4, **moe),
-        "phi3": recipe(T.Phi3Config),
-        "phi3_longrope": recipe(
-            T.Phi3Config, rope_parameters=_LONGROPE, original_max_position_embeddings=64
-        ),
-        "phi4_partial": recipe(T.Phi3Config, partial_rotary_factor=0.5),
-        "gemma": recipe(T.GemmaConfig, head_dim=64),
-        "gemma2": recipe(T.Gemma2Config, **windowed),
-        "gemma3": recipe(T.Gemma3TextConfig, num_hidden_layers=7, **windowed),
-        "granite": recipe(
-            T.GraniteConfig,
-            tie_word_embeddings=True,
-            embedding_multiplier=12.0,
-            logits_scaling=16.0,
-            residual_multiplier=0.22,
-            attention_multiplier=0.0078125,
-        ),
-        "olmo2": recipe(T.Olmo2Config),
-        "olmo3": recipe(T.Olmo3Config, num_hidden_layers=5, sliding_window=16),
-    }
-
-
-NAMES = (
-    "llama", "llama3", "llama_mqa", "llama_tied", "llama_bias", "mistral", "qwen2", "qwen2_tied",
-    "qwen3", "qwen3_moe", "mixtral", "phi3", "phi3_longrope", "phi4_partial", "gemma", "gemma2",
-    "gemma3", "granite", "olmo2", "olmo3",
-)  # fmt: skip
+NAMES = tuple(RECIPES)
 
 
 def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> Path:
@@ -103,7 +98,8 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
     import transformers as T
 
     torch.manual_seed(1234)
-    config = _recipes()[name]()
+    config_class, changes = RECIPES[name]
+    config = getattr(T, config_class)(**(_COMMON | changes))
     config.dtype = getattr(torch, dtype)
     model = T.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     generator = torch.Generator().manual_seed(7)
