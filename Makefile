@@ -68,12 +68,12 @@ define install
 endef
 
 $(VENV)/.demo: $(VENV)/.created $(INPUTS)
-	$(SAY) 'Installing tightfit and its runtime into $(VENV) (PyTorch is large: a minute or more, only once)'
+	$(SAY) 'Installing tightfit and its runtime into $(VENV) (PyTorch is large: 1 to 5 GB and some minutes, only once)'
 	$(call install,demo)
 	@touch '$@'
 
 $(VENV)/.dev: $(VENV)/.created $(INPUTS)
-	$(SAY) 'Installing tightfit with its tests and linters into $(VENV) (PyTorch is large: a minute or more, only once)'
+	$(SAY) 'Installing tightfit with its tests and linters into $(VENV) (PyTorch is large: 1 to 5 GB and some minutes, only once)'
 	$(call install,dev)
 	@touch '$(VENV)/.demo' '$@'
 

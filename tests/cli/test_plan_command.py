@@ -230,3 +230,18 @@ def test_full_disk(as_json: list[str]) -> None:
         "error: cannot write to the standard output: No space left on device\n"
         "hint: free some space, or send the output elsewhere\n"
     )
+
+
+def test_a_sharded_directory_brings_its_size(tiny_model: TinyModel, tmp_path: Path) -> None:
+    write_shards(tiny_model("llama"), tmp_path / "out", 2)
+    document = json.loads(tightfit("plan", tmp_path / "out", "--json").stdout)
+    assert len(document["ranks"]) == 2
+    done = tightfit("plan", tmp_path / "out", "-tp", "4")
+    assert_error(done, 1, f"{tmp_path / 'out'} was sharded for tensor parallel size 2, not 4")
+
+
+def test_an_explanation_is_no_verdict() -> None:
+    config = DIRECTORY / "Llama-3.1-8B.json"
+    done = tightfit("plan", config, "--gpu-memory", "8GiB", "--explain", "weights")
+    assert done.returncode == 0
+    assert done.stdout == "weights: 8,030,261,248 parameters in BF16: 16,060,522,496 bytes\n"

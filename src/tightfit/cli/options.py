@@ -31,6 +31,16 @@ TensorParallelSize = Annotated[
     int,
     typer.Option("--tensor-parallel-size", "-tp", rich_help_panel=_LAYOUT, help="Ranks per stage."),
 ]
+ShardedTensorParallelSize = Annotated[
+    int | None,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-tp",
+        rich_help_panel=_LAYOUT,
+        help="Ranks per stage.",
+        show_default="as sharded, else 1",
+    ),
+]
 PipelineParallelSize = Annotated[
     int,
     typer.Option("--pipeline-parallel-size", "-pp", rich_help_panel=_LAYOUT, help="Stages."),

@@ -7,6 +7,8 @@ import typer
 
 from tightfit.cli import options as o
 from tightfit.cli.output import console, guarded, print_json
+from tightfit.cli.shards import read_shards
+from tightfit.cli.shards import tensor_parallel_size as shard_size
 from tightfit.errors import ExitCode, UsageError
 from tightfit.planner.api import plan_model
 from tightfit.planner.plan import COMPONENTS, Plan
@@ -24,7 +26,7 @@ def plan(
     entrypoint: Annotated[
         str, typer.Option(help="vLLM's defaults depend on it: server or llm.")
     ] = "server",
-    tensor_parallel_size: o.TensorParallelSize = 1,
+    tensor_parallel_size: o.ShardedTensorParallelSize = None,
     pipeline_parallel_size: o.PipelineParallelSize = 1,
     max_model_len: o.MaxModelLen = None,
     max_num_seqs: o.MaxNumSeqs = None,
@@ -61,7 +63,7 @@ def plan(
         entrypoint=entrypoint,
         gpu=gpu,
         gpu_memory=gpu_memory,
-        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_size=shard_size(tensor_parallel_size, read_shards(model), model),
         pipeline_parallel_size=pipeline_parallel_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -79,7 +81,8 @@ def plan(
     result = plan_model(model, wanted, revision=revision).plan
     if explain is not None:
         _explain(result, explain)
-    elif as_json:
+        return
+    if as_json:
         print_json(result.to_json())
     else:
         _show(result)

@@ -132,9 +132,19 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
         ]
         if measured:
             cells += _measured(component.planned_bytes, component.measured_bytes, size)
-        how = Text(f"{component.origin}: {component.formula}", style="dim")
+        how = Text(_shortened(f"{component.origin}: {component.formula}"), style="dim")
         table.add_row(*cells, how)
     return table
+
+
+_FORMULA_LENGTH = 110
+
+
+def _shortened(formula: str) -> str:
+    """What fits in two lines; `--explain` prints the whole."""
+    if len(formula) <= _FORMULA_LENGTH:
+        return formula
+    return formula[:_FORMULA_LENGTH].rsplit(" ", 1)[0] + " ..."
 
 
 def _measured(planned: int, measured: int | None, size: int) -> list[str]:
@@ -166,6 +176,7 @@ def _notes(plan: Plan, console: Console) -> None:
     console.print()
     for line in lines:
         console.print(Text(line))
+    console.print(Text("--explain COMPONENT prints a whole formula", style="dim"))
 
 
 def render_checks(plan: Plan, checks: Sequence["Check"], console: Console) -> None:

@@ -13,16 +13,17 @@ import typer
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.cli import options as o
 from tightfit.cli.output import console, guarded, print_json
+from tightfit.cli.shards import read_shards
+from tightfit.cli.shards import tensor_parallel_size as shard_size
 from tightfit.errors import ConfigError, ExitCode, MissingExtraError, TightfitError, UsageError
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.api import plan_model
 from tightfit.planner.plan import Plan
-from tightfit.sharding.manifest import Manifest, read_manifest
-from tightfit.sharding.verify import check_tensor_parallel_size
 
 if TYPE_CHECKING:
     from tightfit.runtime.checks import Check
     from tightfit.runtime.session import RunReport
+    from tightfit.sharding.manifest import Manifest
 
 _GENERATION = "Generation"
 
@@ -62,16 +63,7 @@ def run(
     top_k: Annotated[int, typer.Option(help="0 is off.", rich_help_panel=_GENERATION)] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.", rich_help_panel=_GENERATION)] = 1.0,
     seed: Annotated[int, typer.Option(rich_help_panel=_GENERATION)] = 0,
-    tensor_parallel_size: Annotated[
-        int | None,
-        typer.Option(
-            "--tensor-parallel-size",
-            "-tp",
-            rich_help_panel="Parallel layout",
-            help="Ranks, started by this command; or start it with torchrun.",
-            show_default="as sharded, else 1",
-        ),
-    ] = None,
+    tensor_parallel_size: o.ShardedTensorParallelSize = None,
     max_model_len: o.MaxModelLen = None,
     max_num_seqs: o.MaxNumSeqs = None,
     max_num_batched_tokens: o.MaxNumBatchedTokens = None,
@@ -109,7 +101,7 @@ def run(
     sampling = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
-    shards = _read_shards(model)
+    shards = read_shards(model)
     size = _world_size(tensor_parallel_size, shards, model)
     wanted = o.plan_options(
         engine="builtin",
@@ -164,7 +156,7 @@ class _Job:
     checkpoint: Checkpoint
     spec: ModelSpec
     plan: Plan
-    shards: Manifest | None
+    shards: "Manifest | None"
     directory: Path
     load_format: str
     prompts: tuple[str, ...]
@@ -183,15 +175,7 @@ def require_runtime(command: str, extra: str) -> None:
             raise MissingExtraError(command, extra, package)
 
 
-def _read_shards(model: str) -> Manifest | None:
-    """The manifest, if MODEL is an output of `tightfit shard`."""
-    directory = Path(model)
-    if not directory.is_dir() or not list(directory.glob("model-rank-*-part-*.safetensors")):
-        return None
-    return read_manifest(directory)
-
-
-def _world_size(asked: int | None, shards: Manifest | None, model: str) -> int:
+def _world_size(asked: int | None, shards: "Manifest | None", model: str) -> int:
     """Ranks: those of torchrun, of the shards, or of the option, which must agree."""
     started = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
     if asked is not None and started is not None and asked != started:
@@ -199,13 +183,10 @@ def _world_size(asked: int | None, shards: Manifest | None, model: str) -> int:
             f"--tensor-parallel-size {asked}, but torchrun started {started} ranks",
             hint=f"use torchrun --nproc-per-node {asked}",
         )
-    size = asked or started
-    if shards is not None:
-        return check_tensor_parallel_size(shards, size, model)
-    return size or 1
+    return shard_size(asked or started, shards, model)
 
 
-def _require_weights(checkpoint: Checkpoint, shards: Manifest | None, load_format: str) -> None:
+def _require_weights(checkpoint: Checkpoint, shards: "Manifest | None", load_format: str) -> None:
     from tightfit.checkpoint.describe import require_weights
 
     if load_format == "auto" and shards is None:

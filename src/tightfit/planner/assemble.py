@@ -205,7 +205,7 @@ def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved, engine: Engine) -> 
     kv_cache = Component(
         name="kv_cache",
         planned_bytes=blocks * block_bytes,
-        origin="derived" if pool.num_blocks is None else "exact",
+        origin="derived",
         formula=f"{reason}, of {one.kv.block_size} tokens and {block_bytes:,} bytes each",
     )
     weights, *others = one.components
