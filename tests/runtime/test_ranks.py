@@ -195,7 +195,7 @@ except TightfitError as error:
 
 def test_all_ranks_learn_why_one_failed(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_ranks([sys.executable, "-c", FAILING], 2) == ExitCode.INPUT
-    assert set(capfd.readouterr().out.split("\n")) >= {
-        "rank 0: no tensor (shard again)",
-        "rank 1: no tensor (shard again)",
-    }
+    # Two processes write at once, so their lines may run into each other.
+    printed = capfd.readouterr().out
+    assert "rank 0: no tensor (shard again)" in printed
+    assert "rank 1: no tensor (shard again)" in printed
