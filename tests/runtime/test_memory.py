@@ -15,10 +15,11 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.parameters import parameters
-from tightfit.planner.engines.builtin_memory import kv_bytes_per_block, step_components
+from tightfit.planner.engines.builtin_memory import step_components
+from tightfit.planner.kv_cache import kv_layout, layer_kinds
 from tightfit.runtime.launch import launch_ranks
 from tightfit.runtime.memory import CpuLedger
-from tightfit.units import MiB
+from tightfit.units import MiB, dtype_bytes
 
 TESTS = Path(__file__).parents[1]
 CONFIG = {
@@ -84,9 +85,9 @@ def test_two_ranks_use_what_was_planned(dtype: str, tmp_path: Path) -> None:
             for component in step_components(spec, rank, dtype=dtype, device="cpu", **SIZES)
         }
         plan["weights"] = sum(w.rank_tensor(rank, dtype).nbytes for w in parameters(spec))
-        plan["kv_cache"] = NUM_BLOCKS * kv_bytes_per_block(
-            spec, rank, 4 if dtype == "F32" else 2, SIZES["block_size"]
-        )
+        kinds = layer_kinds(spec, rank, dtype_bytes(dtype), windows=False)
+        layout = kv_layout(kinds, block_size=SIZES["block_size"])
+        plan["kv_cache"] = NUM_BLOCKS * layout.bytes_per_block
         assert measured["weights_tensor_bytes"] == plan["weights"]
         assert measured["kv_cache_tensor_bytes"] == plan["kv_cache"]
         assert got["weights"] == pytest.approx(plan["weights"], rel=0.01)

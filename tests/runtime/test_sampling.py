@@ -94,3 +94,7 @@ def test_pieces_of_the_vocabulary_budget_change_nothing(monkeypatch) -> None:  #
     assert builtin_memory.SAMPLER_ELEMENTS == sampling.SAMPLER_ELEMENTS
     monkeypatch.setattr(sampling, "SAMPLER_ELEMENTS", 60)
     assert sample(logits.clone(), rows).tolist() == whole
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    assert sample(LOGITS.clone(), [row(temperature=1e-38)]).tolist() == [int(LOGITS.argmax())]

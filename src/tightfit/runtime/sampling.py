@@ -16,6 +16,9 @@ from torch import Tensor
 from tightfit.planner.engines.builtin_memory import SAMPLER_ELEMENTS
 from tightfit.runtime.options import SamplingParams
 
+GREEDY_BELOW = 1e-5
+"""Logits divided by less overflow, so that is greedy (vLLM's `_SAMPLING_EPS`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
@@ -37,7 +40,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
         int64 [rows].
     """
     tokens = logits.argmax(dim=-1)
-    random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    random = [i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_BELOW]
     step = max(1, SAMPLER_ELEMENTS // logits.shape[-1])
     for i in range(0, len(random), step):
         picked = random[i : i + step]

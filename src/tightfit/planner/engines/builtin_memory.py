@@ -93,12 +93,6 @@ def step_components(
     return tuple(found)
 
 
-def kv_bytes_per_block(spec: ModelSpec, rank: Rank, dtype_bytes: int, block_size: int) -> int:
-    """Keys and values of `block_size` tokens in all layers; windowed layers keep all tokens too."""
-    features = sum(2 * _features(layer.attention, rank)[1] for layer in spec.layers)
-    return features * block_size * dtype_bytes
-
-
 def _features(attention: Attention, rank: Rank) -> tuple[int, int]:
     """Q and KV of a rank."""
     queries, keys = head_axes(attention)
