@@ -22,6 +22,7 @@ from tightfit.planner.plan import Plan
 
 if TYPE_CHECKING:
     from tightfit.runtime.checks import Check
+    from tightfit.runtime.options import SamplingParams
     from tightfit.runtime.session import RunReport
     from tightfit.sharding.manifest import Manifest
 
@@ -193,13 +194,12 @@ def _require_weights(checkpoint: Checkpoint, shards: "Manifest | None", load_for
         require_weights(checkpoint, "run")
 
 
-def _execute(job: _Job, sampling: "object") -> "RunReport | None":
+def _execute(job: _Job, sampling: "SamplingParams") -> "RunReport | None":
     """Run this process's rank; only rank 0 speaks."""
     from tightfit.runtime.dist import World
-    from tightfit.runtime.options import EngineOptions, SamplingParams
+    from tightfit.runtime.options import EngineOptions
     from tightfit.runtime.session import run_rank
 
-    assert isinstance(sampling, SamplingParams)
     options = job.plan.options
     blocks = job.plan.kv_cache.num_blocks
     assert blocks is not None, "a plan that fits has blocks"
