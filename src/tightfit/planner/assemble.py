@@ -11,8 +11,9 @@ from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
 from tightfit.planner.kv_cache import KVLayout
-from tightfit.planner.options import Option, PlanOptions, Resolved, model_max_len
+from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, KVPlan, ModelSummary, Plan, RankPlan, Verdict
+from tightfit.planner.resolve import model_max_len
 from tightfit.planner.weights import checkpoint_bytes, weights_component
 from tightfit.units import format_bytes
 

@@ -1,11 +1,10 @@
 """The options of a plan as the user gave them, and as an engine resolves them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, TypeVar
 
-from tightfit.errors import ConfigError, UsageError
-from tightfit.model.spec import ModelSpec
+from tightfit.errors import UsageError
 from tightfit.planner.devices import Device
 from tightfit.units import TORCH_DTYPES
 
@@ -47,6 +46,40 @@ class PlanOptions:
     max_cudagraph_capture_size: int | None = None
     use_v2_model_runner: bool | None = None
     """vLLM's VLLM_USE_V2_MODEL_RUNNER; None leaves the choice to the version."""
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
+    decode_context_parallel_size: int = 1
+    quantization: str | None = None
+    """A scheme that the engine applies while it loads (`fp8`), or one of `tightfit quantize`."""
+    load_format: str = "auto"
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool | None = None
+    async_scheduling: bool | None = None
+    disable_hybrid_kv_cache_manager: bool = False
+    num_gpu_blocks_override: int | None = None
+    mamba_cache_dtype: str = "auto"
+    mamba_ssm_cache_dtype: str = "auto"
+    compilation_config: Mapping[str, Any] = field(default_factory=dict)
+    optimization_level: int | None = None
+    limit_mm_per_prompt: Mapping[str, Any] = field(default_factory=dict)
+    mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mm_processor_cache_gb: float | None = None
+    mm_processor_cache_type: str = "lru"
+    mm_encoder_tp_mode: str = "weights"
+    skip_mm_profiling: bool = False
+    language_model_only: bool = False
+    cpu_offload_gb: float = 0.0
+    kv_offloading_size: float | None = None
+    """GiB of host memory for evicted KV blocks, over all ranks."""
+    cpu_kvcache_space: float | None = None
+    """GiB: vLLM's VLLM_CPU_KVCACHE_SPACE, for its CPU backend."""
+    api_server_count: int | None = None
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
+    assume_full_attention: bool = False
+    """Plan layers of an unknown kind as full attention instead of refusing."""
     tokenizer_json_bytes: int = 0
     """Size of the tokenizer that a rank will hold in memory; 0 if it handles no text."""
 
@@ -59,6 +92,13 @@ class PlanOptions:
         for name, minimum in (
             ("tensor_parallel_size", 1),
             ("pipeline_parallel_size", 1),
+            ("data_parallel_size", 1),
+            ("decode_context_parallel_size", 1),
+            ("num_gpu_blocks_override", 1),
+            ("api_server_count", 1),
+            ("max_loras", 1),
+            ("max_lora_rank", 1),
+            ("max_cpu_loras", 1),
             ("max_num_seqs", 1),
             ("max_num_batched_tokens", 1),
             ("block_size", 1),
@@ -146,57 +186,3 @@ def pick(given: T | None, default: T, origin: str = "engine default") -> Option[
 def flag(given: T) -> Option[T]:
     """A value that always comes from the command line, such as a parallel size."""
     return Option(value=given, origin="flag")
-
-
-def resolve_dtype(spec: ModelSpec, options: PlanOptions) -> Option[str]:
-    """The dtype of computation, in safetensors' spelling.
-
-    `auto` is the checkpoint's, and bfloat16 for a float32 checkpoint, as in vLLM
-    (`config/model.py: _get_and_verify_dtype`).
-    """
-    if options.dtype != "auto":
-        return Option(value=TORCH_DTYPES[options.dtype], origin="flag")
-    if spec.dtype == "F32":
-        return Option(value="BF16", origin="engine default")
-    return Option(value=spec.dtype, origin="config")
-
-
-def resolve_kv_dtype(options: PlanOptions, dtype: str) -> Option[str]:
-    """The dtype of the KV cache; `auto` is that of computation."""
-    if options.kv_cache_dtype == "auto":
-        return Option(value=dtype, origin="engine default")
-    return Option(value=KV_DTYPES[options.kv_cache_dtype], origin="flag")
-
-
-def model_max_len(spec: ModelSpec) -> int:
-    """The longest context that the config allows (vLLM's `_get_and_verify_max_len`).
-
-    Rope scaling of the linear and dynamic kinds multiplies it; the other kinds state the scaled
-    length already.
-    """
-    scaling = spec.layers[0].attention.rope.scaling
-    length = spec.max_position_embeddings
-    if scaling is not None and scaling["rope_type"] in ("linear", "dynamic"):
-        factor = scaling.get("factor", 1.0)
-        if not isinstance(factor, int | float) or not 0 < factor < 2**20:
-            raise ConfigError(f"config.json has the rope factor {factor!r}, not a number")
-        length = int(length * factor)
-    return length
-
-
-def resolve_max_model_len(spec: ModelSpec, options: PlanOptions) -> Option[int]:
-    """The context length: the flag's, or the config's; -1 is resolved once memory is known.
-
-    Raises:
-        UsageError: longer than the model allows.
-    """
-    longest = model_max_len(spec)
-    asked = options.max_model_len
-    if asked is not None and asked > longest:
-        raise UsageError(
-            f"--max-model-len {asked} is more than the model's {longest}",
-            hint=f"use at most {longest}",
-        )
-    if asked == -1:
-        return Option(value=longest, origin="fitted")
-    return pick(asked, longest, "config")

@@ -38,6 +38,17 @@ COMPONENTS = (
 )
 """Names of a rank's components, in the order in which they are shown."""
 
+HOST_COMPONENTS = (
+    "loading_peak",
+    "process_baseline",
+    "mm_processor_cache",
+    "pinned_buffers",
+    "cpu_offload",
+    "kv_offload",
+    "cpu_kv_cache",
+)
+"""Names of the host's components, likewise."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
@@ -187,6 +198,27 @@ class ModelSummary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One remedy: what to change, what it gains on the tightest rank, and what it costs."""
+
+    change: str
+    """As one would type it: `--max-num-seqs 256`."""
+    saves_bytes: int
+    costs: str
+    fits: bool | None = None
+    """Whether the plan fits with this change alone."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The advice in schema 1."""
+        return {
+            "change": self.change,
+            "saves_bytes": self.saves_bytes,
+            "costs": self.costs,
+            "fits": self.fits,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The whole answer of `tightfit plan`, and the promise that `tightfit run` checks."""
 
@@ -200,6 +232,11 @@ class Plan:
     kv_cache: KVPlan
     verdict: Verdict
     not_modelled: tuple[str, ...]
+    host: tuple[Component, ...] = ()
+    """What all processes of the engine together take of the host's memory."""
+    advice: tuple[Advice, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What the user should know, such as an assumption that was made."""
 
     def to_json(self) -> dict[str, Any]:
         """The document of schema 1."""
@@ -222,10 +259,14 @@ class Plan:
             "options": self.options.to_json(),
             "ranks": [rank.to_json() for rank in self.ranks],
             "kv_cache": self.kv_cache.to_json(),
-            "host": {"components": [], "total_bytes": 0},
+            "host": {
+                "components": [component.to_json() for component in self.host],
+                "total_bytes": sum(component.planned_bytes for component in self.host),
+            },
             "verdict": self.verdict.to_json(),
-            "advice": [],
+            "advice": [advice.to_json() for advice in self.advice],
             "not_modelled": list(self.not_modelled),
+            "warnings": list(self.warnings),
         }
 
     def _device_json(self, device: Device) -> dict[str, Any]:

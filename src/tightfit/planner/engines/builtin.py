@@ -14,16 +14,9 @@ from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
 from tightfit.planner.engines.builtin_memory import step_components
 from tightfit.planner.kv_cache import KVLayout, kv_layout, layer_kinds
-from tightfit.planner.options import (
-    Option,
-    PlanOptions,
-    Resolved,
-    flag,
-    pick,
-    resolve_dtype,
-    resolve_max_model_len,
-)
+from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
+from tightfit.planner.resolve import resolve_dtype, resolve_max_model_len
 from tightfit.units import dtype_bytes
 
 

@@ -17,17 +17,9 @@ from tightfit.planner.engines.vllm_memory import components
 from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.engines.vllm_versions import Rules, default_runner, rules_of
 from tightfit.planner.kv_cache import KVLayout, kv_layout, layer_kinds
-from tightfit.planner.options import (
-    Option,
-    PlanOptions,
-    Resolved,
-    flag,
-    pick,
-    resolve_dtype,
-    resolve_kv_dtype,
-    resolve_max_model_len,
-)
+from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
+from tightfit.planner.resolve import resolve_dtype, resolve_kv_dtype, resolve_max_model_len
 from tightfit.units import GiB, dtype_bytes
 
 
