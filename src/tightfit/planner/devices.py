@@ -1,10 +1,17 @@
-"""GPUs and how much memory their driver reports, which is less than the brochure's figure."""
+"""GPUs and how much memory their driver reports, which is less than the brochure's figure.
 
-from collections.abc import Mapping
+A total is what `torch.cuda.mem_get_info` returns, as start-up logs and out-of-memory messages print
+it. Drivers differ by a tenth of a GiB; of several logged values the smaller one is here, because
+promising too much ends in an error. A total that nobody logged is derived: the brochure's size less
+what the driver keeps on its nearest kin.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tightfit.errors import UsageError
-from tightfit.units import GiB, KiB, parse_bytes
+from tightfit.units import GiB, KiB, format_bytes, parse_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,31 +21,99 @@ class Device:
     name: str
     total_bytes: int
     kind: str = "cuda"
+    logged: bool = True
+    """Whether the total was seen in a log; otherwise it is derived."""
+    bfloat16: bool = True
+    """Whether it computes in bfloat16 (CUDA: compute capability 8.0 and up)."""
 
 
-def _gib(value: float) -> int:
-    return int(value * GiB)
+_LOGGED = {
+    "rtx3080-10gb": 9.64,
+    "t4-16gb": 14.56,
+    "rtx5060ti-16gb": 15.45,
+    "rtx5080-16gb": 15.47,
+    "rtxa4000-16gb": 15.61,
+    "v100-16gb": 15.78,
+    "l4-24gb": 22.03,
+    "a10g-24gb": 22.05,
+    "a10-24gb": 22.06,
+    "rtx4090-24gb": 23.53,
+    "rtx3090-24gb": 23.57,
+    "rtx5090-32gb": 31.35,
+    "a100-40gb": 39.39,
+    "a40-48gb": 44.34,
+    "l40s-48gb": 44.39,
+    "l40-48gb": 44.40,
+    "rtxa6000-48gb": 47.40,
+    "h100-pcie-80gb": 79.10,
+    "a100-80gb": 79.15,
+    "h100-80gb": 79.18,
+    "gh200-96gb": 94.50,
+    "rtxpro6000-96gb": 94.96,
+    "h20-96gb": 95.00,
+    "gb10-128gb": 121.69,
+    "h200-141gb": 139.80,
+    "b200-180gb": 178.35,
+}
+_DERIVED = {
+    "rtx2080ti-11gb": 10.57,
+    "rtx3060-12gb": 11.62,
+    "rtx4070-12gb": 11.59,
+    "rtx4060ti-16gb": 15.57,
+    "rtx4080-16gb": 15.57,
+    "rtx5070ti-16gb": 15.45,
+    "rtx4000ada-20gb": 19.45,
+    "a30-24gb": 23.49,
+    "rtxa5000-24gb": 23.55,
+    "rtx5000ada-32gb": 31.49,
+    "v100-32gb": 31.72,
+    "rtx6000ada-48gb": 47.40,
+    "rtxpro5000-48gb": 47.28,
+    "h800-80gb": 79.18,
+    "h100-nvl-94gb": 93.00,
+    "h200-nvl-141gb": 139.80,
+    "gh200-144gb": 139.80,
+    "gb200-186gb": 184.30,
+    "b300-288gb": 267.60,
+}
+_ROCM_LOGGED = {
+    "rx7900xtx-24gb": 23.98,
+    "w7900-48gb": 44.98,
+    "mi300x-192gb": 191.98,
+    "mi355x-288gb": 287.98,
+}
+_ROCM_DERIVED = {
+    "rx7900xt-20gb": 19.98,
+    "r9700-32gb": 31.85,
+    "mi210-64gb": 63.98,
+    "mi250x-64gb": 63.98,
+    "mi325x-256gb": 255.98,
+    "mi350x-288gb": 287.98,
+}
+_BEFORE_BFLOAT16 = ("t4", "v100", "rtx2080ti")
+
+
+def _devices() -> Iterator[Device]:
+    for totals, kind, logged in (
+        (_LOGGED, "cuda", True),
+        (_DERIVED, "cuda", False),
+        (_ROCM_LOGGED, "rocm", True),
+        (_ROCM_DERIVED, "rocm", False),
+    ):
+        for name, gib in totals.items():
+            yield Device(
+                name=name,
+                total_bytes=int(gib * GiB),
+                kind=kind,
+                logged=logged,
+                bfloat16=name.split("-")[0] not in _BEFORE_BFLOAT16,
+            )
 
 
 CATALOGUE: Mapping[str, Device] = {
-    device.name: device
-    for device in (
-        Device(name="t4-16gb", total_bytes=_gib(14.56)),
-        Device(name="l4-24gb", total_bytes=_gib(22.03)),
-        Device(name="a10-24gb", total_bytes=_gib(22.06)),
-        Device(name="l40s-48gb", total_bytes=_gib(44.39)),
-        Device(name="a100-40gb", total_bytes=_gib(39.39)),
-        Device(name="a100-80gb", total_bytes=_gib(79.15)),
-        Device(name="h100-80gb", total_bytes=_gib(79.18)),
-        Device(name="h200-141gb", total_bytes=_gib(139.80)),
-        Device(name="b200-180gb", total_bytes=_gib(178.35)),
-        Device(name="rtx3090-24gb", total_bytes=_gib(23.57)),
-        Device(name="rtx4090-24gb", total_bytes=_gib(23.53)),
-        Device(name="rtx5090-32gb", total_bytes=_gib(31.35)),
-        Device(name="mi300x-192gb", total_bytes=_gib(191.98), kind="rocm"),
-    )
+    one.name: one for one in sorted(_devices(), key=lambda one: one.total_bytes)
 }
-"""Totals as start-up logs print them (`torch.cuda.mem_get_info`)."""
+"""By name, the smallest first. A GPU of two dies (mi250x) is what the engine sees: one die."""
 
 
 def device(gpu: str | None, gpu_memory: str | None) -> Device | None:
@@ -55,15 +130,47 @@ def device(gpu: str | None, gpu_memory: str | None) -> Device | None:
             raise UsageError(
                 f"--gpu-memory {gpu_memory} is less than any GPU has", hint="write it as 24GiB"
             )
-        return Device(name=f"a GPU with {gpu_memory}", total_bytes=total_bytes)
-    if gpu is None:
-        return None
-    if gpu.lower() not in CATALOGUE:
-        raise UsageError(
-            f"unknown GPU {gpu!r}",
-            hint="known: " + ", ".join(CATALOGUE) + "; or use --gpu-memory 24GiB",
-        )
-    return CATALOGUE[gpu.lower()]
+        return Device(name=f"a GPU of {format_bytes(total_bytes)}", total_bytes=total_bytes)
+    return None if gpu is None else named(gpu)
+
+
+def named(gpu: str) -> Device:
+    """The device of the catalogue that a name means: `H100`, `rtx 4090`, `A100-SXM4-80GB`.
+
+    A model without a size means the one size that it comes in.
+
+    Raises:
+        UsageError: no device, or several.
+    """
+    text = _plain(gpu)
+    known = {_plain(name): one for name, one in CATALOGUE.items()}
+    for matches in (
+        [one for name, one in known.items() if name == text],
+        [one for name, one in known.items() if re.fullmatch(re.escape(text) + r"\d+gb", name)],
+        [one for name, one in known.items() if text and name.startswith(text)],
+        [one for name, one in known.items() if len(text) >= 4 and text in name],
+    ):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise UsageError(
+                f"--gpu {gpu!r} could be several GPUs",
+                hint="one of " + ", ".join(one.name for one in matches),
+            )
+    from difflib import get_close_matches
+
+    models = {name.rsplit("-", 1)[0]: name for name in CATALOGUE}
+    close = get_close_matches(text, list(models), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(models[model] for model in close)}?" if close else (
+        "known: " + ", ".join(CATALOGUE)
+    )
+    raise UsageError(f"unknown GPU {gpu!r}", hint=f"{hint} --gpu-memory 24GiB serves any GPU")
+
+
+def _plain(name: str) -> str:
+    """Letters and digits, without maker, brand, socket and kind of memory."""
+    words = re.sub(r"nvidia|geforce|amd|instinct|radeon|sxm\d?|hbm\d?e?", " ", name.lower())
+    return re.sub(r"[^a-z0-9]", "", words)
 
 
 def this_machine() -> Device:
