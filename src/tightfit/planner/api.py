@@ -13,12 +13,63 @@ _TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedModel:
+    """A checkpoint that was read once and can be planned many times."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    from_headers: bool
+    tokenizer_json_bytes: int = 0
+
+    def plan(self, options: PlanOptions) -> Plan:
+        """Plan it with these options.
+
+        Raises:
+            TightfitError: see `make_plan`.
+        """
+        if self.tokenizer_json_bytes:
+            options = replace(options, tokenizer_json_bytes=self.tokenizer_json_bytes)
+        return make_plan(
+            self.spec, options, name=self.checkpoint.name, from_headers=self.from_headers
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
     """A plan with what it was made from."""
 
     checkpoint: Checkpoint
     spec: ModelSpec
     plan: Plan
+
+
+def open_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    download: bool = False,
+    with_text: bool = True,
+) -> OpenedModel:
+    """Open a checkpoint, and check its headers if it has weights.
+
+    Args:
+        model: anything that `open_checkpoint` takes.
+        revision: of a Hub id.
+        download: fetch the weights of a Hub id.
+        with_text: whether the engine will load the tokenizer.
+
+    Raises:
+        TightfitError: see `open_checkpoint` and `describe`.
+    """
+    checkpoint = open_checkpoint(model, revision=revision, download=download)
+    description = describe(checkpoint)
+    text = with_text and checkpoint.source.exists(_TOKENIZER)
+    return OpenedModel(
+        checkpoint=checkpoint,
+        spec=description.spec,
+        from_headers=description.from_headers,
+        tokenizer_json_bytes=checkpoint.source.size(_TOKENIZER) if text else 0,
+    )
 
 
 def plan_model(
@@ -29,26 +80,10 @@ def plan_model(
     download: bool = False,
     with_text: bool = True,
 ) -> Planned:
-    """Open a checkpoint, check its headers if it has weights, and plan it.
-
-    Args:
-        model: anything that `open_checkpoint` takes.
-        options: of the plan.
-        revision: of a Hub id.
-        download: fetch the weights of a Hub id.
-        with_text: whether the engine will load the tokenizer.
+    """Open a checkpoint and plan it: `open_model` and `OpenedModel.plan` in one.
 
     Raises:
-        TightfitError: see `open_checkpoint`, `describe` and `make_plan`.
+        TightfitError: see there.
     """
-    checkpoint = open_checkpoint(model, revision=revision, download=download)
-    description = describe(checkpoint)
-    if with_text and checkpoint.source.exists(_TOKENIZER):
-        options = replace(options, tokenizer_json_bytes=checkpoint.source.size(_TOKENIZER))
-    plan = make_plan(
-        description.spec,
-        options,
-        name=checkpoint.name,
-        from_headers=description.from_headers,
-    )
-    return Planned(checkpoint=checkpoint, spec=description.spec, plan=plan)
+    opened = open_model(model, revision=revision, download=download, with_text=with_text)
+    return Planned(checkpoint=opened.checkpoint, spec=opened.spec, plan=opened.plan(options))
