@@ -19,6 +19,17 @@ KV_DTYPES: Mapping[str, str] = {
     "fp8_e5m2": "F8_E5M2",
 }
 
+_WORDS: Mapping[str, tuple[str, ...]] = {
+    "entrypoint": ("server", "llm"),
+    "dtype": ("auto", *TORCH_DTYPES),
+    "kv_cache_dtype": ("auto", *KV_DTYPES),
+    "mamba_cache_dtype": ("auto", "float16", "bfloat16", "float32"),
+    "mamba_ssm_cache_dtype": ("auto", "float16", "bfloat16", "float32"),
+    "mm_processor_cache_type": ("lru", "shm"),
+    "mm_encoder_tp_mode": ("weights", "data"),
+}
+"""The values of options that are words (vLLM's `config/`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
@@ -104,6 +115,11 @@ class PlanOptions:
             ("block_size", 1),
             ("max_cudagraph_capture_size", 1),
             ("kv_cache_memory_bytes", 0),
+            ("optimization_level", 0),
+            ("mm_processor_cache_gb", 0),
+            ("cpu_offload_gb", 0),
+            ("kv_offloading_size", 0),
+            ("cpu_kvcache_space", 0),
         ):
             value = getattr(self, name)
             if value is not None and not minimum <= value < 2**50:
@@ -128,15 +144,11 @@ class PlanOptions:
                 f"--gpu-memory-utilization {utilization} is out of range",
                 hint="a fraction such as 0.9",
             )
-        if self.dtype != "auto" and self.dtype not in TORCH_DTYPES:
-            raise UsageError(
-                f"unknown --dtype {self.dtype!r}", hint="auto, " + ", ".join(TORCH_DTYPES)
-            )
-        if self.kv_cache_dtype != "auto" and self.kv_cache_dtype not in KV_DTYPES:
-            raise UsageError(
-                f"unknown --kv-cache-dtype {self.kv_cache_dtype!r}",
-                hint="auto, " + ", ".join(KV_DTYPES),
-            )
+        for name, known in _WORDS.items():
+            word = getattr(self, name)
+            if word not in known:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"unknown {option} {word!r}", hint=", ".join(known))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
