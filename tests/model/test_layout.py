@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from support.configs import ONE_PER_ARCHITECTURE, read_spec
 from tightfit.errors import LayoutError
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Attention, Rope, head_axes
 from tightfit.model.layout import Axis, Parallel, Rank, on_rank, pipeline_layers
 from tightfit.model.parameters import VOCAB_PADDING, check_parallel, parameters
 from tightfit.model.sources import source_shapes
-from tightfit.model.spec import Attention, ModelSpec, Rope
+from tightfit.model.spec import ModelSpec
 
 BASES = (*ONE_PER_ARCHITECTURE, "Qwen3-8B-FP8", "Qwen3-30B-A3B-FP8", "SmolLM2-135M", "Llama-3.2-1B")
 

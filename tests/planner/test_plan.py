@@ -63,6 +63,7 @@ SCHEMA_1: dict[str, Any] = {
     },
     "advice": list,
     "not_modelled": [str],
+    "warnings": list,
 }
 
 

@@ -111,6 +111,13 @@ class Config:
             raise self._wrong((key,), value, "an object")
         return Config(value, name=f"{self.name}: {key}")
 
+    def completed(self, outer: "Config", architecture: str) -> "Config":
+        """A nested text config as if it stood alone, with what only the outer one says."""
+        keys = ("dtype", "torch_dtype", "tie_word_embeddings")
+        inherited = {key: outer.raw(key) for key in keys if outer.has(key)}
+        values = {**inherited, **self._values, "architectures": [architecture]}
+        return Config(values, name=self.name)
+
     def dtype(self) -> str:
         """The checkpoint's dtype in safetensors' spelling; float32 when it is not said."""
         value = self.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")

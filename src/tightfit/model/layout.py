@@ -12,7 +12,7 @@ runtime also takes uneven shares of whole heads, so that 9 heads can be served o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 from math import prod
@@ -23,16 +23,27 @@ from tightfit.units import dtype_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """The sizes of a parallel layout, and whether shares may differ in size."""
+    """The sizes of a parallel layout, and whether shares may differ in size.
+
+    Data parallel replicas hold alike ranks, except that experts are dealt to the ranks of all
+    replicas: by width, or whole ones if `expert_parallel`.
+    """
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel: bool = False
     uneven: bool = False
 
     @property
     def world_size(self) -> int:
-        """All ranks."""
+        """All ranks of a replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts of a layer."""
+        return self.tensor_parallel_size * self.data_parallel_size
 
     def ranks(self) -> tuple["Rank", ...]:
         """Every rank, in vLLM's order: tensor parallel ranks are neighbours."""
@@ -41,6 +52,10 @@ class Parallel:
             for pp in range(self.pipeline_parallel_size)
             for tp in range(self.tensor_parallel_size)
         )
+
+    def for_experts(self) -> "Parallel":
+        """The layout as the width of experts sees it: replicas share it like ranks."""
+        return replace(self, tensor_parallel_size=self.expert_ranks, data_parallel_size=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +70,27 @@ class Rank:
     def rank(self) -> int:
         """Its number among all ranks."""
         return self.pp_rank * self.parallel.tensor_parallel_size + self.tp_rank
+
+    def for_experts(self) -> "Rank":
+        """The rank among all that share the experts; it is of the first replica."""
+        if self.parallel.data_parallel_size == 1:
+            return self
+        return replace(self, parallel=self.parallel.for_experts())
+
+    def experts(self, count: int) -> tuple[int, int]:
+        """First expert and number of experts; vLLM gives a remainder to the first ranks.
+
+        Raises:
+            LayoutError: fewer experts than ranks.
+        """
+        if not self.parallel.expert_parallel:
+            return 0, count
+        ranks = self.parallel.expert_ranks
+        if count < ranks:
+            raise LayoutError(f"{ranks} ranks share experts, and there are {count}")
+        each, more = divmod(count, ranks)
+        first = self.tp_rank * each + min(self.tp_rank, more)
+        return first, each + (self.tp_rank < more)
 
 
 def deal(count: int, shares: int, index: int, *, uneven: bool) -> tuple[int, int] | None:
@@ -153,8 +189,8 @@ class Stage(Enum):
 class Part:
     """Rows `first_row : first_row + rows` of one checkpoint tensor of `source_rows` rows.
 
-    `source` holds `{expert}` in weights that stack experts. An `axis` longer than `rows` means
-    padding with zeros at the end (vocabulary).
+    `source` holds `{expert}` in weights that stack experts of which each has its own tensor. An
+    `axis` longer than `rows` means padding with zeros at the end (vocabulary).
     """
 
     source: str
@@ -177,6 +213,10 @@ class Weight:
     cut: Cut = Cut.NONE
     input_axis: Axis | None = None
     experts: int = 0
+    stacked: bool = False
+    """The checkpoint holds all experts in one tensor."""
+    transposed: bool = False
+    """The checkpoint holds `columns, rows`."""
     where: int | Stage
     """The decoder layer, or the pipeline stage."""
     dtype: str | None = None
@@ -186,7 +226,9 @@ class Weight:
     def source_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of the checkpoint tensor of a part."""
         rows = part.source_rows or part.rows
-        return (rows,) if self.columns is None else (rows, self.columns)
+        shape = (rows,) if self.columns is None else (rows, self.columns)
+        shape = shape[::-1] if self.transposed else shape
+        return (self.experts, *shape) if self.stacked else shape
 
     def rank_shape(self, rank: Rank) -> tuple[int, ...]:
         """Shape on a rank: `[experts,] rows[, columns]`.
@@ -196,7 +238,7 @@ class Weight:
         """
         rows = sum(self._rows(part, rank)[1] for part in self.parts)
         shape = (rows,) if self.columns is None else (rows, self._columns(rank)[1])
-        return (self.experts, *shape) if self.experts else shape
+        return (rank.experts(self.experts)[1], *shape) if self.experts else shape
 
     def census(self, rank: Rank) -> "Census":
         """Count the elements of `rank_shape` by why the rank holds them.
@@ -206,13 +248,15 @@ class Weight:
         """
         elements = prod(self.rank_shape(rank))
         row = elements // sum(self._rows(part, rank)[1] for part in self.parts)
-        whole = self.cut is Cut.NONE and rank.tp_rank > 0
+        dealt = self.experts > 0 and rank.parallel.expert_parallel
+        whole = self.cut is Cut.NONE and rank.tp_rank > 0 and not dealt
         padding = copies = 0
         for part in self.parts:
             first, rows = self._rows(part, rank)
             present = max(0, min(rows, part.rows - first))
             padding += (rows - present) * row
-            if whole or (self.cut is Cut.OUTPUT and part.axis and part.axis.is_copy(rank)):
+            shared = self.cut is Cut.OUTPUT and part.axis and part.axis.is_copy(rank)
+            if whole or (shared and not dealt):
                 copies += present * row
         if self.where is Stage.BOTH_ENDS and rank.pp_rank > 0:
             copies = elements - padding
@@ -246,9 +290,13 @@ class Weight:
         if self.columns is not None:
             first_column, columns = self._columns(rank)
             start, shape, where = (*start, first_column), (*shape, columns), (*where, 0)
-        for expert in range(max(self.experts, 1)):
+        assert not self.stacked
+        assert not self.transposed
+        first_expert, experts = rank.experts(self.experts) if self.experts else (0, 1)
+        for expert in range(experts):
+            name = part.source
             yield Piece(
-                source=part.source.format(expert=expert) if self.experts else part.source,
+                source=name.format(expert=first_expert + expert) if self.experts else name,
                 source_shape=self.source_shape(part),
                 start=start,
                 shape=shape,
@@ -256,15 +304,21 @@ class Weight:
             )
 
     def _rows(self, part: Part, rank: Rank) -> tuple[int, int]:
-        if self.cut is not Cut.OUTPUT or part.axis is None:
-            return 0, part.rows if part.axis is None else part.axis.rows
-        return part.axis.span(rank)
+        if part.axis is None:
+            return 0, part.rows
+        if self.cut is not Cut.OUTPUT or self._keeps_width(rank):
+            return 0, part.axis.rows
+        return part.axis.span(rank.for_experts() if self.experts else rank)
 
     def _columns(self, rank: Rank) -> tuple[int, int]:
         assert self.columns is not None
-        if self.cut is not Cut.INPUT or self.input_axis is None:
+        if self.cut is not Cut.INPUT or self.input_axis is None or self._keeps_width(rank):
             return 0, self.columns
-        return self.input_axis.span(rank)
+        return self.input_axis.span(rank.for_experts() if self.experts else rank)
+
+    def _keeps_width(self, rank: Rank) -> bool:
+        """Experts are dealt whole."""
+        return self.experts > 0 and rank.parallel.expert_parallel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

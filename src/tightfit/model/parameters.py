@@ -9,12 +9,11 @@ from dataclasses import replace
 from functools import lru_cache
 
 from tightfit.errors import LayoutError
-from tightfit.model.blocks.attention import attention_weights
-from tightfit.model.blocks.linear import vector
-from tightfit.model.blocks.mlp import dense_weights, expert_weights
+from tightfit.model.blocks.attention import Attention, QKNorm
+from tightfit.model.blocks.base import Place
+from tightfit.model.blocks.linear import norm
 from tightfit.model.layout import Axis, Cut, Parallel, Part, Rank, Stage, Weight, pipeline_layers
-from tightfit.model.quantization import in_blocks
-from tightfit.model.spec import ModelSpec, MoE, NormStyle, QKNorm
+from tightfit.model.spec import Layer, ModelSpec, NormStyle
 from tightfit.units import round_up
 
 VOCAB_PADDING = 64
@@ -39,18 +38,22 @@ def parameters(spec: ModelSpec) -> tuple[Weight, ...]:
 
     A tied model has no `lm_head.weight`: its embedding serves both ends.
     """
-    weights = list(_weights(spec))
-    if spec.quantization is not None:
-        weights = [w for weight in weights for w in in_blocks(weight, spec.quantization)]
-    return tuple(weights)
+    if spec.quantization is None:
+        return plain_parameters(spec)
+    return tuple(w for weight in plain_parameters(spec) for w in spec.quantization.apply(weight))
+
+
+@lru_cache(maxsize=8)
+def plain_parameters(spec: ModelSpec) -> tuple[Weight, ...]:
+    """Every parameter as if nothing were quantized."""
+    return tuple(_weights(spec))
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Elements of all parameters as checkpoints count them: no padding, and no scales."""
+    """Elements of all parameters: no padding, no scales, and quantized ones as if they were not."""
     return sum(
         max(weight.experts, 1) * sum(part.rows for part in weight.parts) * (weight.columns or 1)
-        for weight in parameters(spec)
-        if not weight.name.endswith("_scale_inv")
+        for weight in plain_parameters(spec)
     )
 
 
@@ -89,9 +92,11 @@ def _try(spec: ModelSpec, parallel: Parallel) -> None:
 
 def _check_full_norms(spec: ModelSpec, tensor_parallel_size: int) -> None:
     """vLLM gathers the keys of all ranks for a norm over all heads, and cannot with copies."""
-    for attention in {layer.attention for layer in spec.layers}:
-        kv_heads = attention.num_kv_heads
-        if attention.qk_norm is QKNorm.FULL and tensor_parallel_size > kv_heads:
+    for mixer in {mixer for layer in spec.layers for mixer in layer.mixers}:
+        if not isinstance(mixer, Attention) or mixer.qk_norm is not QKNorm.FULL:
+            continue
+        kv_heads = mixer.num_kv_heads
+        if tensor_parallel_size > kv_heads:
             raise LayoutError(
                 f"tensor parallel size {tensor_parallel_size} is more than "
                 f"num_key_value_heads = {kv_heads}, and vLLM cannot copy KV heads of "
@@ -110,28 +115,41 @@ def axes(spec: ModelSpec) -> tuple[Axis, ...]:
 
 
 def _weights(spec: ModelSpec) -> Iterator[Weight]:
+    names, tied = spec.names, spec.tie_word_embeddings
     vocab = Axis(label="the padded vocabulary", units=round_up(spec.vocab_size, VOCAB_PADDING))
 
     def table(name: str, where: Stage) -> Weight:
         return Weight(
-            name=name,
-            parts=(Part(source=name, rows=spec.vocab_size, axis=vocab),),
+            name=f"{name}.weight",
+            parts=(Part(source=f"{name}.weight", rows=spec.vocab_size, axis=vocab),),
             columns=spec.hidden_size,
             cut=Cut.OUTPUT,
             where=where,
         )
 
-    tied = spec.tie_word_embeddings
-    yield table("model.embed_tokens.weight", Stage.BOTH_ENDS if tied else Stage.FIRST)
+    for tower in spec.towers:
+        yield from tower.weights
+    yield table(names.embedding, Stage.BOTH_ENDS if tied else Stage.FIRST)
+    yield from spec.extras
     for i, layer in enumerate(spec.layers):
-        prefix = f"model.layers.{i}"
-        yield from attention_weights(spec, layer.attention, f"{prefix}.self_attn", i)
-        if isinstance(layer.mlp, MoE):
-            yield from expert_weights(spec, layer.mlp, f"{prefix}.{layer.mlp.module}", i)
-        else:
-            yield from dense_weights(spec, layer.mlp, f"{prefix}.mlp", i)
-        for norm in NORMS[spec.norm_style]:
-            yield vector(f"{prefix}.{norm}.weight", spec.hidden_size, i)
-    yield vector("model.norm.weight", spec.hidden_size, Stage.LAST)
+        place = Place(prefix=f"{names.layers}.{i}", where=i, hidden_size=spec.hidden_size)
+        for block in (*layer.mixers, layer.mlp, *layer.extras):
+            if block is not None:
+                yield from block.weights(place)
+        for name in layer_norms(spec, layer):
+            yield from norm(f"{place.prefix}.{name}", spec.hidden_size, i, bias=spec.norm_bias)
+    if names.norm is not None:
+        yield from norm(names.norm, spec.hidden_size, Stage.LAST, bias=spec.norm_bias)
     if not tied:
-        yield table("lm_head.weight", Stage.LAST)
+        yield table(names.head, Stage.LAST)
+    if spec.head_bias:
+        part = Part(source=f"{names.head}.bias", rows=spec.vocab_size, axis=vocab)
+        name = f"{names.head}.bias"
+        yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=Stage.LAST)
+
+
+def layer_norms(spec: ModelSpec, layer: Layer) -> tuple[str, ...]:
+    """Names of the norms of a layer."""
+    if layer.norms is not None:
+        return layer.norms
+    return NORMS[spec.norm_style] if spec.names.layer_norms is None else spec.names.layer_norms

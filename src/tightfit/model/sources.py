@@ -12,7 +12,7 @@ from tightfit.model.spec import ModelSpec
 _FLOATS = ("BF16", "F16", "F32")
 
 # Buffers that old versions of transformers saved, and that no engine reads.
-_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias)$")
+_BUFFERS = r"\.(rotary_emb\.inv_freq|masked_bias)$"
 
 
 class Tensor(Protocol):
@@ -33,19 +33,20 @@ class Tensor(Protocol):
 
 def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model holds, with its shape."""
-    return {
-        part.source.format(expert=expert) if weight.experts else part.source: (
-            weight.source_shape(part)
-        )
-        for weight in parameters(spec)
-        for part in weight.parts
-        for expert in range(max(weight.experts, 1))
-    }
+    found: dict[str, tuple[int, ...]] = {}
+    for weight in parameters(spec):
+        for part in weight.parts:
+            shape = weight.source_shape(part)
+            if weight.experts and not weight.stacked:
+                found |= {part.source.format(expert=e): shape for e in range(weight.experts)}
+            else:
+                found[part.source] = shape
+    return found
 
 
 def untied(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     """The spec without tying, if the checkpoint holds an `lm_head.weight` nevertheless."""
-    if spec.tie_word_embeddings and "lm_head.weight" in tensors:
+    if spec.tie_word_embeddings and f"{spec.names.head}.weight" in tensors:
         return replace(spec, tie_word_embeddings=False)
     return spec
 
@@ -78,8 +79,10 @@ def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) ->
                 "quantization_config",
                 hint="config.json and the weights belong to different models",
             )
-    known = {"lm_head.weight", *expected} if spec.tie_word_embeddings else expected.keys()
-    unknown = [name for name in tensors if name not in known and not _BUFFERS.search(name)]
+    head = f"{spec.names.head}.weight"
+    known = {head, *expected} if spec.tie_word_embeddings else expected.keys()
+    ignored = re.compile("|".join((_BUFFERS, *spec.ignored_sources)))
+    unknown = [name for name in tensors if name not in known and not ignored.search(name)]
     if unknown:
         raise CheckpointError(
             f"{where} holds the tensor {unknown[0]!r}{_and_more(unknown)}, which "

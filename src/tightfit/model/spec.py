@@ -1,9 +1,16 @@
 """`ModelSpec`: the hyperparameters of a model, normalized, whatever its config calls them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.blocks.attention import Attention, Rope
+from tightfit.model.blocks.base import Block, Mixer
+from tightfit.model.blocks.mlp import DenseMLP, MoE
+from tightfit.model.layout import Weight
+from tightfit.model.quantization.base import Quantization
+from tightfit.model.towers.base import Tower
 
 
 class NormStyle(Enum):
@@ -17,100 +24,55 @@ class NormStyle(Enum):
     """Before and after each: Gemma 2 and 3."""
 
 
-class QKNorm(Enum):
-    """Whether queries and keys are normalized, and over what."""
-
-    NONE = "none"
-    HEAD = "head"
-    """Each head by itself, one weight of head_dim: Qwen3, Gemma 3."""
-    FULL = "full"
-    """All heads together, a weight per feature: OLMo 2. Not separable by rank."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rope:
-    """Rotary position embedding: base, rotated features, and the scaling as its config gives it."""
-
-    theta: float
-    rotary_dim: int
-    scaling: Mapping[str, Any] | None = field(default=None, hash=False)
-    """`rope_type` and its factors, or None for the plain kind."""
-    max_position_embeddings: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attention:
-    """Multi-head attention with grouped KV heads, full or sliding."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope: Rope
-    scale: float
-    """What scores are multiplied by, usually head_dim ** -0.5."""
-    window: int | None = None
-    """Tokens that a sliding layer sees, the current one included; None sees all."""
-    qkv_bias: bool = False
-    output_bias: bool = False
-    qk_norm: QKNorm = QKNorm.NONE
-    softcap: float | None = None
-    """Scores become `softcap * tanh(scores / softcap)`."""
-
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of keys and values that one token needs in this layer, on all ranks."""
-        return 2 * self.num_kv_heads * self.head_dim
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseMLP:
-    """A gated MLP: `down(activation(gate(x)) * up(x))`."""
-
-    intermediate_size: int
-    activation: str
-    bias: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoE:
-    """A router and gated experts, of which every token uses `top_k`."""
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    activation: str
-    renormalize: bool
-    """Whether the weights of the chosen experts are made to sum to one."""
-    module: str
-    """The name of the module inside a layer: `mlp` or `block_sparse_moe`."""
-    gate_up_down: tuple[str, str, str]
-    """The checkpoint's names of an expert's three matrices."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One decoder layer. Layers that are alike share one object."""
+    """One decoder layer: what mixes its tokens, and its MLP. Layers alike share one object."""
 
-    attention: Attention
-    mlp: DenseMLP | MoE
+    mixers: tuple[Mixer, ...]
+    mlp: DenseMLP | MoE | None
+    extras: tuple[Block, ...] = ()
+    """Blocks beside them, such as a second MLP or a gate of the layer."""
+    norms: tuple[str, ...] | None = None
+    """Names of its norms, where the model's own do not apply."""
+
+    @property
+    def attention(self) -> Attention:
+        """The attention of a layer that has nothing else.
+
+        Raises:
+            UnsupportedModelError: its tokens are mixed by something else, or by several things.
+        """
+        if len(self.mixers) == 1 and isinstance(self.mixers[0], Attention):
+            return self.mixers[0]
+        kinds = " and ".join(type(mixer).__name__ for mixer in self.mixers) or "nothing"
+        raise UnsupportedModelError(f"a layer with {kinds} where plain attention is needed")
+
+
+def ropes(layers: Iterable[Layer]) -> tuple[Rope, ...]:
+    """The distinct rotary embeddings of layers, each of which needs one table."""
+    found = (getattr(mixer, "rope", None) for layer in layers for mixer in layer.mixers)
+    return tuple(dict.fromkeys(rope for rope in found if isinstance(rope, Rope)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockQuantization:
-    """DeepSeek-style fp8: e4m3 weights with one float32 scale per block of rows and columns."""
+class Names:
+    """What a checkpoint calls the modules around and inside the decoder."""
 
-    block_rows: int
-    block_columns: int
-    ignored: tuple[str, ...]
-    """Modules that stay in the model's dtype."""
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    norm: str | None = "model.norm"
+    head: str = "lm_head"
+    layer_norms: tuple[str, ...] | None = None
+    """The norms of a layer; by default those of the model's `NormStyle`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelSpec:
-    """A decoder-only language model.
+    """A language model: a decoder, and the towers that feed it.
 
     `dtype` is the checkpoint's, in safetensors' spelling. The defaults of the scalar factors are
-    those of a plain Llama.
+    those of a plain Llama. Specs are equal only if they are the same object, which makes them
+    cheap keys of caches.
     """
 
     architecture: str
@@ -124,18 +86,49 @@ class ModelSpec:
     norm_style: NormStyle = NormStyle.PRE
     norm_unit_offset: bool = False
     """Norms multiply by `1 + weight`: Gemma."""
+    norm_bias: bool = False
+    """Norms are LayerNorms with a bias: GPT-2, Falcon."""
     tie_word_embeddings: bool = False
-    fused_in_checkpoint: bool = False
-    """The checkpoint already holds `qkv_proj` and `gate_up_proj`: Phi-3."""
+    head_bias: bool = False
     has_lm_head_module: bool = True
     """vLLM's class has an `lm_head` even when it is tied; Gemma 2 has not."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float | None = None
-    quantization: BlockQuantization | None = None
+    names: Names = Names()
+    extras: tuple[Weight, ...] = ()
+    """Parameters of the decoder that belong to no layer, such as learned positions."""
+    towers: tuple[Tower, ...] = ()
+    """Encoders of images, video or audio, with their projectors."""
+    encoder_tokens: int = 0
+    """Tokens of the encoder of an encoder-decoder model; 0 for a decoder alone."""
+    quantization: Quantization | None = None
+    ignored_sources: tuple[str, ...] = ()
+    """Regular expressions of tensors that a checkpoint may hold and no engine loads."""
+    verified_for_sharding: bool = True
+    """vLLM's names of the parameters are known, so that rank files can be written."""
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)
+
+    @property
+    def is_plain(self) -> bool:
+        """A decoder of plain attention and gated MLPs, as the built-in runtime executes."""
+        beside = self.towers or self.extras or self.encoder_tokens or self.norm_bias
+        return not beside and self.names == Names() and all(map(_is_plain, self.layers))
+
+
+def _is_plain(layer: Layer) -> bool:
+    mixer, mlp = layer.mixers[0] if len(layer.mixers) == 1 else None, layer.mlp
+    if not isinstance(mixer, Attention) or mlp is None or layer.extras or layer.norms is not None:
+        return False
+    special = mixer.chunk or mixer.value_dim or mixer.sinks or mixer.output_gate
+    if special or mixer.shares_cache or mixer.rope is None:
+        return False
+    if isinstance(mlp, DenseMLP):
+        return mlp.gated
+    odd = mlp.shared or mlp.router_bias or mlp.correction_bias or mlp.latent_size
+    return mlp.gated and not mlp.names.stacked and not odd

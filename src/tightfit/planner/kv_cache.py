@@ -9,9 +9,9 @@ group: all its tokens in a full group, and in a sliding one the window plus what
 from collections import Counter
 from dataclasses import dataclass
 
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Attention, head_axes
 from tightfit.model.layout import Rank, pipeline_layers
-from tightfit.model.spec import Attention, ModelSpec
+from tightfit.model.spec import ModelSpec
 from tightfit.units import cdiv
 
 

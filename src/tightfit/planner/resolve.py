@@ -1,7 +1,7 @@
 """The defaults that every engine resolves alike: dtypes and the context length."""
 
 from tightfit.errors import ConfigError, UsageError
-from tightfit.model.spec import ModelSpec
+from tightfit.model.spec import ModelSpec, ropes
 from tightfit.planner.options import KV_DTYPES, Option, PlanOptions, pick
 from tightfit.units import TORCH_DTYPES
 
@@ -32,7 +32,8 @@ def model_max_len(spec: ModelSpec) -> int:
     Rope scaling of the linear and dynamic kinds multiplies it; the other kinds state the scaled
     length already.
     """
-    scaling = spec.layers[0].attention.rope.scaling
+    found = ropes(spec.layers)
+    scaling = found[0].scaling if found else None
     length = spec.max_position_embeddings
     if scaling is not None and scaling["rope_type"] in ("linear", "dynamic"):
         factor = scaling.get("factor", 1.0)

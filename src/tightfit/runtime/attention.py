@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.model.spec import Attention
+from tightfit.model.blocks.attention import Attention
 from tightfit.planner.engines.builtin_memory import BIAS_ELEMENTS, GATHER_TOKENS, SCORE_ELEMENTS
 from tightfit.runtime.batch import Batch, Span
 from tightfit.runtime.kv_cache import KVCache

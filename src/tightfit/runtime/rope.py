@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from tightfit.model.spec import Rope
+from tightfit.model.blocks.attention import Rope
 
 
 def rope_table(rope: Rope, max_model_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:

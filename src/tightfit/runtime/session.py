@@ -16,9 +16,11 @@ from torch import Tensor
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.errors import ExitCode, TightfitError, UnsupportedModelError
+from tightfit.model.blocks.attention import Attention, Rope
+from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.parameters import check_parallel, parameters
-from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, Rope
+from tightfit.model.spec import Layer, ModelSpec
 from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.runtime.dist import World
 from tightfit.runtime.engine import Engine
@@ -145,6 +147,11 @@ def start(
         uneven=rank_files is None or stored_layout(layout).uneven,
     )
     check_parallel(spec, parallel)
+    if not spec.is_plain:
+        raise UnsupportedModelError(
+            f"the built-in runtime cannot execute {spec.architecture}",
+            hint="plan with --engine vllm, and serve this model with vLLM",
+        )
     if spec.quantization is not None:
         raise UnsupportedModelError(
             "the built-in runtime has no quantized layers",
@@ -300,7 +307,7 @@ def _exercise_libraries(options: EngineOptions, world: World) -> None:
         dtype=options.dtype,
         hidden_size=512,
         vocab_size=64 * world.size,
-        layers=(Layer(attention=attention, mlp=mlp),),
+        layers=(Layer(mixers=(attention,), mlp=mlp),),
         max_position_embeddings=64,
         norm_eps=1e-5,
     )

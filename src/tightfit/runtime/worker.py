@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tightfit.model.layout import Rank
-from tightfit.model.spec import ModelSpec
+from tightfit.model.spec import ModelSpec, ropes
 from tightfit.runtime.attention import AttentionBackend, SdpaAttention
 from tightfit.runtime.batch import Batch, Span, make_batch
 from tightfit.runtime.dist import World
@@ -39,9 +39,9 @@ class Worker:
         self.ledger = ledger
         dtype = TORCH_DTYPES[options.dtype]
         with ledger.phase("persistent_buffers"):
-            ropes = {layer.attention.rope: None for layer in spec.layers}
             tables = {
-                rope: rope_table(rope, options.max_model_len, dtype, world.device) for rope in ropes
+                rope: rope_table(rope, options.max_model_len, dtype, world.device)
+                for rope in ropes(spec.layers)
             }
         with ledger.phase("kv_cache"):
             self.cache = KVCache(

@@ -71,6 +71,12 @@ def prepare(
     """
     require_weights(checkpoint, "shard")
     spec = describe(checkpoint).spec
+    if not (spec.is_plain and spec.verified_for_sharding):
+        raise UnsupportedModelError(
+            f"sharding {spec.architecture} is not supported: vLLM's names of its parameters have "
+            "not been verified",
+            hint="plan it with `tightfit plan`",
+        )
     if spec.quantization is not None:
         raise UnsupportedModelError(
             f"{checkpoint.name} is quantized, and sharding quantized checkpoints is not supported",

@@ -1,10 +1,146 @@
 """Attention with grouped KV heads: one fused projection, its norms, the output projection."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
+from tightfit.model.blocks.base import Mixer, Place
 from tightfit.model.blocks.linear import linear, stack, vector
-from tightfit.model.layout import Axis, Cut, Part, Weight
-from tightfit.model.spec import Attention, ModelSpec, QKNorm
+from tightfit.model.cache import Cache, TokenCache
+from tightfit.model.layout import Axis, Cut, Part, Rank, Weight
+
+
+class QKNorm(Enum):
+    """Whether queries and keys are normalized, and over what."""
+
+    NONE = "none"
+    HEAD = "head"
+    """Each head by itself, one weight of head_dim: Qwen3, Gemma 3."""
+    FULL = "full"
+    """All heads together, a weight per feature: OLMo 2. Not separable by rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: base, rotated features, and the scaling as its config gives it."""
+
+    theta: float
+    rotary_dim: int
+    scaling: Mapping[str, Any] | None = field(default=None, hash=False)
+    """`rope_type` and its factors, or None for the plain kind."""
+    max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projections:
+    """What a checkpoint calls the matrices of an attention module.
+
+    `fused` names one tensor that holds queries, keys and values as rows in that order.
+    """
+
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    fused: str | None = None
+    query_norm: str = "q_norm"
+    key_norm: str = "k_norm"
+    transposed: bool = False
+    """Stored as `[in, out]`: GPT-2's Conv1D."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention(Mixer):
+    """Multi-head attention with grouped KV heads: full, sliding or in chunks."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope | None
+    scale: float
+    """What scores are multiplied by, usually head_dim ** -0.5."""
+    window: int | None = None
+    """Tokens that a sliding layer sees, the current one included; None sees all."""
+    chunk: int | None = None
+    """Tokens of a chunk, where attention sees only its own; None sees all."""
+    value_dim: int | None = None
+    """Features of a value head, where they differ from head_dim."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: QKNorm = QKNorm.NONE
+    softcap: float | None = None
+    """Scores become `softcap * tanh(scores / softcap)`."""
+    sinks: bool = False
+    """A learned logit per head that takes attention from every token: gpt-oss."""
+    output_gate: bool = False
+    """Queries come with as many features that gate the output: Qwen3-Next."""
+    shares_cache: bool = False
+    """Reads the keys and values of an earlier layer, and keeps none: Gemma 3n."""
+    module: str = "self_attn"
+    names: Projections = Projections()
+
+    @property
+    def v_dim(self) -> int:
+        """Features of a value head."""
+        return self.value_dim or self.head_dim
+
+    def weights(self, place: Place) -> Iterator[Weight]:
+        """`qkv_proj`, `o_proj`, the norms of queries and keys, and the sinks."""
+        at, names = place.inside(self.module), self.names
+        queries, keys = head_axes(self)
+        values = value_axis(self)
+        q = gated_axis(queries) if self.output_gate else queries
+        members = ((names.query, q), (names.key, keys), (names.value, values))
+        yield from linear(
+            f"{at.prefix}.qkv_proj",
+            stack(at.prefix, names.fused, members[:1] if self.shares_cache else members),
+            columns=place.hidden_size,
+            cut=Cut.OUTPUT,
+            bias=self.qkv_bias,
+            where=place.where,
+            transposed=names.transposed,
+        )
+        inner = output_axis(self)
+        yield from linear(
+            f"{at.prefix}.o_proj",
+            lambda kind: (
+                Part(source=f"{at.prefix}.{names.output}.{kind}", rows=place.hidden_size),
+            ),
+            columns=inner.rows,
+            cut=Cut.INPUT,
+            input_axis=inner,
+            bias=self.output_bias,
+            where=place.where,
+            transposed=names.transposed,
+        )
+        if self.qk_norm is not QKNorm.NONE:
+            full = self.qk_norm is QKNorm.FULL
+            for name, axis in ((names.query_norm, queries), (names.key_norm, keys)):
+                if axis is keys and self.shares_cache:
+                    continue
+                size = axis.rows if full else self.head_dim
+                yield vector(f"{at.prefix}.{name}.weight", size, place.where)
+        if self.sinks:
+            name = f"{at.prefix}.sinks"
+            heads = Axis(label=queries.label, units=self.num_heads, groups=self.num_kv_heads)
+            part = Part(source=name, rows=self.num_heads, axis=heads)
+            yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
+
+    def caches(self, rank: Rank) -> tuple[Cache, ...]:
+        """Keys and values of the rank's KV heads."""
+        if self.shares_cache:
+            return ()
+        heads = head_axes(self)[1].span(rank)[1] // self.head_dim
+        return (
+            TokenCache(
+                slots=heads,
+                key_size=self.head_dim,
+                value_size=self.v_dim,
+                window=self.window,
+                chunk=self.chunk,
+            ),
+        )
 
 
 def head_axes(attention: Attention) -> tuple[Axis, Axis]:
@@ -26,35 +162,32 @@ def head_axes(attention: Attention) -> tuple[Axis, Axis]:
     return queries, keys
 
 
-def attention_weights(
-    spec: ModelSpec, attention: Attention, prefix: str, i: int
-) -> Iterator[Weight]:
-    """The attention of layer `i`, whose module is called `prefix`."""
-    queries, keys = head_axes(attention)
-    parts = stack(
-        prefix,
-        "qkv_proj" if spec.fused_in_checkpoint else None,
-        (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)),
+def value_axis(attention: Attention) -> Axis:
+    """How the value heads go to ranks."""
+    return Axis(
+        label="num_key_value_heads",
+        units=attention.num_kv_heads,
+        unit_rows=attention.v_dim,
+        groups=attention.num_kv_heads,
+        replicated=True,
     )
-    yield from linear(
-        f"{prefix}.qkv_proj",
-        parts,
-        columns=spec.hidden_size,
-        cut=Cut.OUTPUT,
-        bias=attention.qkv_bias,
-        where=i,
+
+
+def output_axis(attention: Attention) -> Axis:
+    """The inputs of the output projection: a value head's features for every query head."""
+    return Axis(
+        label="num_attention_heads",
+        units=attention.num_heads,
+        unit_rows=attention.v_dim,
+        groups=attention.num_kv_heads,
     )
-    yield from linear(
-        f"{prefix}.o_proj",
-        lambda kind: (Part(source=f"{prefix}.o_proj.{kind}", rows=spec.hidden_size),),
-        columns=queries.rows,
-        cut=Cut.INPUT,
-        input_axis=queries,
-        bias=attention.output_bias,
-        where=i,
+
+
+def gated_axis(queries: Axis) -> Axis:
+    """Query heads, each followed by its gate."""
+    return Axis(
+        label=queries.label,
+        units=queries.units,
+        unit_rows=2 * queries.unit_rows,
+        groups=queries.groups,
     )
-    if attention.qk_norm is not QKNorm.NONE:
-        full = attention.qk_norm is QKNorm.FULL
-        for name, axis in (("q_norm", queries), ("k_norm", keys)):
-            size = axis.rows if full else attention.head_dim
-            yield vector(f"{prefix}.{name}.weight", size, i)

@@ -36,9 +36,10 @@ def linear(
     *,
     columns: int,
     cut: Cut,
-    where: int,
+    where: int | Stage,
     bias: bool,
     input_axis: Axis | None = None,
+    transposed: bool = False,
 ) -> Iterator[Weight]:
     """A weight and its bias; the bias of a row parallel layer is whole on every rank."""
     yield Weight(
@@ -48,6 +49,7 @@ def linear(
         cut=cut,
         input_axis=input_axis,
         where=where,
+        transposed=transposed,
         linear=True,
     )
     if bias:
@@ -55,6 +57,56 @@ def linear(
         yield Weight(name=f"{name}.bias", parts=parts("bias"), cut=bias_cut, where=where)
 
 
-def vector(name: str, size: int, where: int | Stage) -> Weight:
+def replicated(
+    name: str, *, rows: int, columns: int, where: int | Stage, bias: bool = False
+) -> Iterator[Weight]:
+    """A linear layer that is whole on every rank, with the same name in the checkpoint."""
+    yield from linear(
+        name,
+        lambda kind: (Part(source=f"{name}.{kind}", rows=rows),),
+        columns=columns,
+        cut=Cut.NONE,
+        where=where,
+        bias=bias,
+    )
+
+
+def column_parallel(
+    name: str, axis: Axis, *, columns: int, where: int | Stage, bias: bool = False
+) -> Iterator[Weight]:
+    """A linear layer whose outputs are dealt by `axis`, with the same name in the checkpoint."""
+    yield from linear(
+        name,
+        lambda kind: (Part(source=f"{name}.{kind}", rows=axis.rows, axis=axis),),
+        columns=columns,
+        cut=Cut.OUTPUT,
+        where=where,
+        bias=bias,
+    )
+
+
+def row_parallel(
+    name: str, axis: Axis, *, rows: int, where: int | Stage, bias: bool = False
+) -> Iterator[Weight]:
+    """A linear layer whose inputs are dealt by `axis`, with the same name in the checkpoint."""
+    yield from linear(
+        name,
+        lambda kind: (Part(source=f"{name}.{kind}", rows=rows),),
+        columns=axis.rows,
+        cut=Cut.INPUT,
+        input_axis=axis,
+        where=where,
+        bias=bias,
+    )
+
+
+def vector(name: str, size: int, where: int | Stage, dtype: str | None = None) -> Weight:
     """A norm or the like, whole on every rank, with the same name in the checkpoint."""
-    return Weight(name=name, parts=(Part(source=name, rows=size),), where=where)
+    return Weight(name=name, parts=(Part(source=name, rows=size),), where=where, dtype=dtype)
+
+
+def norm(prefix: str, size: int, where: int | Stage, *, bias: bool = False) -> Iterator[Weight]:
+    """A norm's weight, and its bias if it has one."""
+    yield vector(f"{prefix}.weight", size, where)
+    if bias:
+        yield vector(f"{prefix}.bias", size, where)

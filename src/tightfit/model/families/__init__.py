@@ -5,12 +5,13 @@ test checks the table against the files.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.config import Config
-from tightfit.model.quantization import read_quantization
+from tightfit.model.quantization.read import read_quantization
 from tightfit.model.spec import ModelSpec
 
 _MODULES: Mapping[str, str] = {
@@ -49,12 +50,33 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
             "config.json lacks 'architectures'",
             hint="is this the config.json of a complete Hugging Face checkpoint?",
         )
-    name = names[0]
-    if name not in _MODULES:
+    return read_quantization(config, _family(names[0]).spec(config))
+
+
+def text_spec(config: Config, architecture: str, *, key: str = "text_config") -> ModelSpec:
+    """Describe the decoder of a multimodal model, whose config nests that of a text model.
+
+    What the nested config leaves out is taken from the outer one where models put it there.
+
+    Raises:
+        ConfigError: the nested config is missing, or wrong.
+        UnsupportedModelError: a feature of it is not modelled.
+    """
+    nested = config.section(key)
+    if nested is None:
+        raise ConfigError(
+            f"{config.name} lacks {key!r}",
+            hint="is this the config.json of a complete Hugging Face checkpoint?",
+        )
+    spec = _family(architecture).spec(nested.completed(config, architecture))
+    return replace(spec, architecture=config.strings("architectures")[0])
+
+
+def _family(architecture: str) -> Any:
+    """The module of a family, which has `spec(config)`."""
+    if architecture not in _MODULES:
         raise UnsupportedModelError(
-            f"architecture {name} is not modelled",
+            f"architecture {architecture} is not modelled",
             hint="modelled: " + ", ".join(_MODULES),
         )
-    module = import_module(f"{__name__}.{_MODULES[name]}")
-    spec: ModelSpec = module.spec(config)
-    return read_quantization(config, spec)
+    return import_module(f"{__name__}.{_MODULES[architecture]}")

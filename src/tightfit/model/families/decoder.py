@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from tightfit.errors import ConfigError, UnsupportedModelError
+from tightfit.model.blocks.attention import Attention, Rope
+from tightfit.model.blocks.mlp import DenseMLP, MoE
 from tightfit.model.config import Config
-from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, MoE, Rope
+from tightfit.model.spec import Layer, ModelSpec
 
 MOST_EXPERTS = 10_000
 """More than any model has; bounded because every expert is a tensor of its own."""
@@ -132,18 +134,18 @@ def attention(
     )
 
 
-def dense_mlp(config: Config, *, bias: bool = False) -> DenseMLP:
-    """The gated MLP of a config."""
-    return DenseMLP(
-        intermediate_size=config.integer("intermediate_size"),
-        activation=config.text("hidden_activation", "hidden_act", default="silu"),
-        bias=bias,
-    )
+def dense_mlp(config: Config, **changes: Any) -> DenseMLP:
+    """The gated MLP of a config; `changes` are fields of `DenseMLP`."""
+    fields: Mapping[str, Any] = {
+        "intermediate_size": config.integer("intermediate_size"),
+        "activation": config.text("hidden_activation", "hidden_act", default="silu"),
+    }
+    return DenseMLP(**{**fields, **changes})
 
 
 def uniform(config: Config, attention: Attention, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:
     """All layers alike."""
-    layer = Layer(attention=attention, mlp=mlp)
+    layer = Layer(mixers=(attention,), mlp=mlp)
     return (layer,) * num_layers(config)
 
 
@@ -168,11 +170,11 @@ def windowed(
     sliding_rope: Rope | None = None,
 ) -> tuple[Layer, ...]:
     """Layers of which some see only `window` tokens: by `layer_types`, else by `is_sliding`."""
-    everything = Layer(attention=full, mlp=mlp)
+    everything = Layer(mixers=(full,), mlp=mlp)
     if window is None:
         return (everything,) * num_layers(config)
     local = replace(full, window=window, rope=sliding_rope or full.rope)
-    sliding = Layer(attention=local, mlp=mlp)
+    sliding = Layer(mixers=(local,), mlp=mlp)
     kinds = layer_types(config)
     if kinds:
         choice = [kind == "sliding_attention" for kind in kinds]

@@ -3,9 +3,10 @@
 import math
 from dataclasses import replace
 
+from tightfit.model.blocks.attention import QKNorm, Rope
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
-from tightfit.model.spec import ModelSpec, NormStyle, QKNorm, Rope
+from tightfit.model.spec import ModelSpec, NormStyle
 
 ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 

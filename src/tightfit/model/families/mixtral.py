@@ -1,8 +1,9 @@
 """Mixtral: Mistral's attention and eight experts in every layer."""
 
+from tightfit.model.blocks.mlp import ExpertNames, MoE
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
-from tightfit.model.spec import ModelSpec, MoE
+from tightfit.model.spec import ModelSpec
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 
@@ -20,7 +21,11 @@ def spec(config: Config) -> ModelSpec:
         activation=config.text("hidden_act", default="silu"),
         renormalize=True,
         module="block_sparse_moe",
-        gate_up_down=("w1", "w3", "w2"),
+        names=ExpertNames(
+            gate="experts.{expert}.w1.weight",
+            up="experts.{expert}.w3.weight",
+            down="experts.{expert}.w2.weight",
+        ),
     )
     layers = decoder.uniform(config, attention, experts)
     return decoder.model(config, layers, norm_eps=config.number("rms_norm_eps", default=1e-5))

@@ -1,8 +1,9 @@
 """OLMo 2 and 3: norms after attention and MLP, and over all of the queries and keys."""
 
+from tightfit.model.blocks.attention import QKNorm, Rope
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
-from tightfit.model.spec import ModelSpec, NormStyle, QKNorm, Rope
+from tightfit.model.spec import ModelSpec, NormStyle
 
 ARCHITECTURES = ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 

@@ -1,10 +1,12 @@
 """Qwen3, dense and mixture of experts: per-head norms of queries and keys, no attention bias."""
 
 from tightfit.errors import UnsupportedModelError
+from tightfit.model.blocks.attention import Attention, QKNorm
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.families.qwen2 import window
-from tightfit.model.spec import Attention, Layer, ModelSpec, MoE, QKNorm
+from tightfit.model.spec import Layer, ModelSpec
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -47,14 +49,12 @@ def _moe_layers(config: Config, attention: Attention) -> tuple[Layer, ...]:
         intermediate_size=config.integer("moe_intermediate_size", default=768),
         activation=config.text("hidden_act", default="silu"),
         renormalize=config.boolean("norm_topk_prob"),
-        module="mlp",
-        gate_up_down=("gate_proj", "up_proj", "down_proj"),
     )
-    sparse = Layer(attention=attention, mlp=experts)
+    sparse = Layer(mixers=(attention,), mlp=experts)
     step = config.integer("decoder_sparse_step", default=1)
     dense_layers = set(config.integers("mlp_only_layers"))
     count = decoder.num_layers(config)
     if step == 1 and not dense_layers:
         return (sparse,) * count
-    dense = Layer(attention=attention, mlp=decoder.dense_mlp(config))
+    dense = Layer(mixers=(attention,), mlp=decoder.dense_mlp(config))
     return tuple(dense if i in dense_layers or (i + 1) % step else sparse for i in range(count))

@@ -52,6 +52,11 @@ class Builtin(Engine):
             UnsupportedModelError: the checkpoint is quantized.
             UsageError: an option that the runtime has not.
         """
+        if not spec.is_plain:
+            raise UnsupportedModelError(
+                f"the builtin runtime cannot execute {spec.architecture}",
+                hint="plan with --engine vllm",
+            )
         if spec.quantization is not None:
             raise UnsupportedModelError(
                 "the builtin runtime has no quantized layers",

@@ -16,10 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Attention, head_axes
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import parameters
-from tightfit.model.spec import Attention, Layer, ModelSpec, MoE
+from tightfit.model.spec import Layer, ModelSpec, ropes
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, dtype_bytes, format_bytes, round_up
 
@@ -100,7 +101,7 @@ def _features(attention: Attention, rank: Rank) -> tuple[int, int]:
 
 
 def _persistent_buffers(spec: ModelSpec, b: int, max_model_len: int) -> Component:
-    dims = [rope.rotary_dim for rope in {layer.attention.rope: None for layer in spec.layers}]
+    dims = [rope.rotary_dim for rope in ropes(spec.layers)]
     return Component(
         name="persistent_buffers",
         planned_bytes=max_model_len * sum(dims) * b,
@@ -115,12 +116,11 @@ def _activations(
 ) -> tuple[int, str]:
     """Peak of the forward pass: what all layers share, and the largest layer."""
     hidden = spec.hidden_size
-    ropes = {layer.attention.rope for layer in spec.layers}
     windows = {layer.attention.window for layer in spec.layers}
     shared = {
         "residual stream T x H x b": tokens * hidden * b,
         "token ids, positions, slots": 3 * 8 * tokens,
-        "rope rows": tokens * sum(rope.rotary_dim for rope in ropes) * b,
+        "rope rows": tokens * sum(rope.rotary_dim for rope in ropes(spec.layers)) * b,
         "decode masks N x L x b": seqs * b * sum(min(length, w or length) for w in windows),
     }
     stages = (

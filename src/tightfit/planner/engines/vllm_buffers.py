@@ -5,7 +5,8 @@ Sources (vLLM 0.25.1 and 0.32.0): `layers/rotary_embedding/`, `v1/worker/gpu/sta
 `v1/worker/gpu_model_runner.py: _make_buffer`.
 """
 
-from tightfit.model.spec import Rope
+from tightfit.model.blocks.attention import Rope
+from tightfit.model.spec import ropes
 from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv, round_up
@@ -19,7 +20,7 @@ def after_load(setting: Setting) -> Component:
     """Rope tables, and what the allocator loses by whole segments; vLLM logs both as weights."""
     tables = [
         _table_rows(rope) * rope.rotary_dim * setting.element_bytes
-        for rope in {layer.attention.rope: None for layer in setting.layers}
+        for rope in ropes(setting.layers)
     ]
     sizes = setting.tensor_sizes()
     lost = sum(round_up(size, _SEGMENT) - size for size in sizes if size >= _UNSHARED)

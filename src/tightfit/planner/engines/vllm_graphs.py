@@ -7,7 +7,7 @@ runners.
 """
 
 from tightfit.errors import UsageError
-from tightfit.model.spec import MoE
+from tightfit.model.blocks.mlp import MoE
 from tightfit.planner.engines.vllm_setting import Setting, calibration
 from tightfit.planner.engines.vllm_step import CUBLAS_WORKSPACE
 from tightfit.planner.plan import Component

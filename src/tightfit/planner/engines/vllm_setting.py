@@ -9,9 +9,10 @@ from math import prod
 from typing import Any
 
 from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Rank, pipeline_layers
 from tightfit.model.parameters import VOCAB_PADDING, parameters
-from tightfit.model.spec import Layer, ModelSpec, MoE
+from tightfit.model.spec import Layer, ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.vllm_versions import Rules
 from tightfit.planner.weights import held
@@ -85,7 +86,8 @@ class Setting:
 
     def inner(self, layer: Layer) -> int:
         """Rows of the rank's share of the MLP, or of one expert."""
-        return layer.mlp.intermediate_size // self.tensor_parallel_size
+        size = 0 if layer.mlp is None else layer.mlp.intermediate_size
+        return size // self.tensor_parallel_size
 
     @property
     def chip(self) -> Mapping[str, int]:

@@ -6,7 +6,8 @@ M is max_num_batched_tokens, N max_num_seqs, H the hidden size, Q and KV the fea
 query and KV heads, I its share of the inner size, V the padded vocabulary, b bytes of an element.
 """
 
-from tightfit.model.spec import Layer, MoE
+from tightfit.model.blocks.mlp import MoE
+from tightfit.model.spec import Layer
 from tightfit.planner.engines.vllm_setting import Setting, quantized
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tightfit.errors import UsageError
-from tightfit.model.spec import ModelSpec, MoE
+from tightfit.model.blocks.mlp import MoE
+from tightfit.model.spec import ModelSpec
 
 DEFAULT_VERSION = "0.32.0"
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Attention, QKNorm, Rope, head_axes
+from tightfit.model.blocks.mlp import DenseMLP, MoE
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import NORMS, parameters
-from tightfit.model.spec import Attention, DenseMLP, Layer, ModelSpec, MoE, NormStyle, QKNorm, Rope
+from tightfit.model.spec import Layer, ModelSpec, NormStyle
 from tightfit.planner.engines.builtin_memory import NORM_ROWS
 from tightfit.runtime.attention import Attend
 from tightfit.runtime.dist import World
@@ -151,6 +152,8 @@ class DecoderLayer:
     ) -> None:
         name = f"model.layers.{index}"
         self.index = index
+        assert layer.attention.rope is not None
+        assert layer.mlp is not None
         self.rope = layer.attention.rope
         self.residual_scale = spec.residual_scale
         self.self_attn = SelfAttention(

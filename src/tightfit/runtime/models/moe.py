@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.model.spec import MoE
+from tightfit.model.blocks.mlp import MoE
 from tightfit.planner.engines.builtin_memory import EXPERT_ROWS
 from tightfit.runtime.dist import World
 from tightfit.runtime.layers import Weights, activation

@@ -1,0 +1,1 @@
+"""Forms of quantized checkpoints: what stands for a weight on disk and on the device."""
