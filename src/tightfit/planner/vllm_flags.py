@@ -100,7 +100,7 @@ _NO_EFFECT: Mapping[Kind, str] = {
         scheduler_cls watermark ir_op_priority sparse_indexer_topk_backend watermark_config
         kv_events_config reasoning_config structured_outputs_config aux_output_config
         profiler_config gdn_prefill_backend kda_prefill_backend kda_decode_backend
-        guided_decoding_backend ray_workers_use_nsight""",
+        guided_decoding_backend""",
     "list": """api_key allowed_media_domains served_model_name logits_processors ignore_patterns
         numa_bind_nodes numa_bind_cpus lora_target_modules collect_detailed_traces
         sleep_preserve_parameter_names""",
