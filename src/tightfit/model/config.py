@@ -118,6 +118,11 @@ class Config:
         values = {**inherited, **self._values, "architectures": [architecture]}
         return Config(values, name=self.name)
 
+    def with_defaults(self, values: Mapping[str, Any]) -> "Config":
+        """The same, with what a config class fills in where a key is absent or null."""
+        given = {key: value for key, value in self._values.items() if value is not None}
+        return Config({**values, **given}, name=self.name)
+
     def dtype(self) -> str:
         """The checkpoint's dtype in safetensors' spelling; float32 when it is not said."""
         value = self.text("dtype", "torch_dtype", default="float32").removeprefix("torch.")

@@ -183,6 +183,8 @@ class Stage(Enum):
     FIRST = "first"
     LAST = "last"
     BOTH_ENDS = "both ends"
+    EVERY = "every stage"
+    """vLLM builds towers on all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,8 @@ class Part:
     axis: Axis | None = None
     first_row: int = 0
     source_rows: int = 0
+    repeats: bool = False
+    """An earlier part holds the same rows: keys that serve as values too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +260,9 @@ class Weight:
             present = max(0, min(rows, part.rows - first))
             padding += (rows - present) * row
             shared = self.cut is Cut.OUTPUT and part.axis and part.axis.is_copy(rank)
-            if whole or (shared and not dealt):
+            if part.repeats or whole or (shared and not dealt):
                 copies += present * row
-        if self.where is Stage.BOTH_ENDS and rank.pp_rank > 0:
+        if self.where in (Stage.BOTH_ENDS, Stage.EVERY) and rank.pp_rank > 0:
             copies = elements - padding
         return Census(elements=elements, padding=padding, copies=copies)
 
@@ -402,4 +406,5 @@ def on_rank(weight: Weight, rank: Rank, num_layers: int) -> bool:
         Stage.FIRST: first,
         Stage.LAST: last,
         Stage.BOTH_ENDS: first or last,
+        Stage.EVERY: True,
     }[weight.where]

@@ -52,7 +52,9 @@ def plain_parameters(spec: ModelSpec) -> tuple[Weight, ...]:
 def parameter_count(spec: ModelSpec) -> int:
     """Elements of all parameters: no padding, no scales, and quantized ones as if they were not."""
     return sum(
-        max(weight.experts, 1) * sum(part.rows for part in weight.parts) * (weight.columns or 1)
+        max(weight.experts, 1)
+        * sum(part.rows for part in weight.parts if not part.repeats)
+        * (weight.columns or 1)
         for weight in plain_parameters(spec)
     )
 

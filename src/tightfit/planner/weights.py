@@ -51,6 +51,6 @@ def checkpoint_bytes(spec: ModelSpec) -> int:
     return sum(
         dtype_bytes(weight.dtype or spec.dtype)
         * max(weight.experts, 1)
-        * sum(prod((part.rows, weight.columns or 1)) for part in weight.parts)
+        * sum(prod((p.rows, weight.columns or 1)) for p in weight.parts if not p.repeats)
         for weight in parameters(spec)
     )

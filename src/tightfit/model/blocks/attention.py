@@ -36,7 +36,8 @@ class Rope:
 class Projections:
     """What a checkpoint calls the matrices of an attention module.
 
-    `fused` names one tensor that holds queries, keys and values as rows in that order.
+    `fused` names one tensor that holds queries, keys and values as rows in that order. A `value`
+    named like the `key` is the same matrix: Gemma 4.
     """
 
     query: str = "q_proj"
@@ -93,7 +94,7 @@ class Attention(Mixer):
         q = gated_axis(queries) if self.output_gate else queries
         members = ((names.query, q), (names.key, keys), (names.value, values))
         yield from linear(
-            f"{at.prefix}.qkv_proj",
+            f"{at.prefix}.{'q_proj' if self.shares_cache else 'qkv_proj'}",
             stack(at.prefix, names.fused, members[:1] if self.shares_cache else members),
             columns=place.hidden_size,
             cut=Cut.OUTPUT,

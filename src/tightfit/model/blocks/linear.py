@@ -13,9 +13,15 @@ def stack(prefix: str, fused: str | None, members: tuple[tuple[str, Axis], ...])
 
     def parts(kind: str) -> tuple[Part, ...]:
         if fused is None:
+            names = [name for name, _ in members]
             return tuple(
-                Part(source=f"{prefix}.{name}.{kind}", rows=axis.rows, axis=axis)
-                for name, axis in members
+                Part(
+                    source=f"{prefix}.{name}.{kind}",
+                    rows=axis.rows,
+                    axis=axis,
+                    repeats=name in names[:i],
+                )
+                for i, (name, axis) in enumerate(members)
             )
         total = sum(axis.rows for _, axis in members)
         found: list[Part] = []

@@ -10,12 +10,25 @@ from tightfit.model.spec import ModelSpec, NormStyle
 
 ARCHITECTURES = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
 
+_THIRD = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+"""Of `Gemma3TextConfig`: the first configs of the multimodal models say little."""
+
 
 def spec(config: Config) -> ModelSpec:
     """Gemma 2 slides every other layer; Gemma 3 all but every sixth, with a rope of their own."""
     if config.strings("architectures")[0] == "GemmaForCausalLM":
         return _first(config)
     third = config.strings("architectures")[0] == "Gemma3ForCausalLM"
+    config = config.with_defaults(_THIRD) if third else config
     head_dim = config.integer("head_dim", default=256)
     bias = config.boolean("attention_bias")
     softcaps = config.raw("attn_logit_softcapping", default=None if third else 50.0)
