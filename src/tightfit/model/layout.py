@@ -115,6 +115,14 @@ class Axis:
     unit_rows: int = 1
     groups: int | None = None
     replicated: bool = False
+    whole_unless: int | None = None
+    """Whole on every rank unless their number divides this: vision towers of vLLM that fall back
+    to data parallelism when their heads cannot be dealt."""
+
+    def is_whole(self, rank: Rank) -> bool:
+        """Whether nothing is dealt, because `whole_unless` applies."""
+        divisor = self.whole_unless
+        return divisor is not None and divisor % rank.parallel.tensor_parallel_size > 0
 
     @property
     def rows(self) -> int:
@@ -127,6 +135,8 @@ class Axis:
         Raises:
             LayoutError: the units cannot be dealt to that many ranks.
         """
+        if self.is_whole(rank):
+            return 0, self.rows
         ranks, uneven = rank.parallel.tensor_parallel_size, rank.parallel.uneven
         groups = self.groups or self.units
         per_group = self.units // groups
@@ -148,6 +158,8 @@ class Axis:
 
     def is_copy(self, rank: Rank) -> bool:
         """Whether a lower rank of the same stage holds the same rows."""
+        if self.is_whole(rank):
+            return rank.tp_rank > 0
         groups = self.groups or self.units
         copies = rank.parallel.tensor_parallel_size // groups
         return self.replicated and copies > 1 and rank.tp_rank % copies > 0
@@ -166,6 +178,7 @@ class Axis:
             unit_rows=unit_rows,
             groups=self.groups if units == self.units else None,
             replicated=self.replicated,
+            whole_unless=self.whole_unless,
         )
 
 
@@ -226,9 +239,13 @@ class Weight:
     dtype: str | None = None
     linear: bool = False
     """A matrix that quantization applies to."""
+    stored_shape: tuple[int, ...] | None = None
+    """Shape of the only checkpoint tensor, where it has other dimensions: convolutions."""
 
     def source_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of the checkpoint tensor of a part."""
+        if self.stored_shape is not None:
+            return self.stored_shape
         rows = part.source_rows or part.rows
         shape = (rows,) if self.columns is None else (rows, self.columns)
         shape = shape[::-1] if self.transposed else shape
@@ -253,7 +270,9 @@ class Weight:
         elements = prod(self.rank_shape(rank))
         row = elements // sum(self._rows(part, rank)[1] for part in self.parts)
         dealt = self.experts > 0 and rank.parallel.expert_parallel
-        whole = self.cut is Cut.NONE and rank.tp_rank > 0 and not dealt
+        inner = self.input_axis if self.cut is Cut.INPUT else None
+        whole = self.cut is Cut.NONE or (inner is not None and inner.is_whole(rank))
+        whole = whole and rank.tp_rank > 0 and not dealt
         padding = copies = 0
         for part in self.parts:
             first, rows = self._rows(part, rank)
@@ -295,6 +314,7 @@ class Weight:
             first_column, columns = self._columns(rank)
             start, shape, where = (*start, first_column), (*shape, columns), (*where, 0)
         assert not self.stacked
+        assert self.stored_shape is None
         assert not self.transposed
         first_expert, experts = rank.experts(self.experts) if self.experts else (0, 1)
         for expert in range(experts):
