@@ -1,7 +1,8 @@
 """Put a plan together: weights, the engine's own components, and the KV cache from what remains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from tightfit.errors import UsageError
@@ -48,19 +49,23 @@ def make_plan(
     parallel = chosen.parallel(options)
     check_parallel(spec, parallel)
     dtype = chosen.resolve(spec, options).dtype.value
-    weights = [weights_component(spec, rank, dtype) for rank in parallel.ranks()]
+    weights = [_weights(spec, rank, dtype) for rank in parallel.ranks()]
+    pools: dict[int, _Pool] = {}
 
     def attempt(length: int | None) -> _Attempt:
         asked = replace(options, max_model_len=length)
         resolved = chosen.resolve(spec, asked)
-        fixed = [
-            _Fixed.of(spec, rank, component, chosen, resolved)
-            for rank, component in zip(parallel.ranks(), weights, strict=True)
-        ]
-        return _Attempt(resolved, fixed, _pool(options.device, parallel, chosen, resolved, fixed))
+        fixed = _all_fixed(spec, parallel, weights, chosen, resolved)
+        pool = _pool(options.device, parallel, chosen, resolved, fixed)
+        pools[resolved.max_model_len.value] = pool
+        return _Attempt(resolved, fixed, pool)
+
+    def holds(length: int) -> bool:
+        pool = pools.get(length) or attempt(length).pool
+        return pool.holds(length)
 
     resolved, fixed, pool = attempt(options.max_model_len)
-    longest = None if pool.num_blocks is None else _longest(attempt, pool, model_max_len(spec))
+    longest = None if pool.num_blocks is None else _longest(holds, pool, model_max_len(spec))
     if options.max_model_len == -1 and longest is not None:
         resolved, fixed, pool = attempt(max(longest, 1))
         fitted = Option(value=max(longest, 1), origin="fitted")
@@ -85,6 +90,10 @@ def make_plan(
     )
 
 
+_weights = lru_cache(maxsize=1024)(weights_component)
+"""A sweep plans the same ranks again and again."""
+
+
 class _Fixed(NamedTuple):
     """What a rank holds whatever the size of its pool."""
 
@@ -107,6 +116,25 @@ class _Fixed(NamedTuple):
     ) -> "_Fixed":
         components = (weights, *engine.components(spec, rank, resolved))
         return cls(rank, components, engine.kv_layout(spec, rank, resolved))
+
+
+def _all_fixed(
+    spec: ModelSpec,
+    parallel: Parallel,
+    weights: Sequence[Component],
+    engine: Engine,
+    resolved: Resolved,
+) -> list[_Fixed]:
+    """Ranks of a stage that hold as many bytes of weights hold as much of everything."""
+    alike: dict[tuple[int, int], _Fixed] = {}
+    fixed: list[_Fixed] = []
+    for rank, component in zip(parallel.ranks(), weights, strict=True):
+        key = rank.pp_rank, component.planned_bytes
+        if key not in alike:
+            alike[key] = _Fixed.of(spec, rank, component, engine, resolved)
+        one = alike[key]
+        fixed.append(one._replace(rank=rank, components=(component, *one.components[1:])))
+    return fixed
 
 
 class _Pool(NamedTuple):
@@ -168,15 +196,11 @@ class _Attempt(NamedTuple):
     pool: _Pool
 
 
-def _longest(attempt: Callable[[int], _Attempt], pool: _Pool, limit: int) -> int:
+def _longest(fits: Callable[[int], bool], pool: _Pool, limit: int) -> int:
     """The longest context, up to `limit`, that fits when all else is planned for it as well.
 
     What is left for the pool may depend on the length; where it does not, the first guess is right.
     """
-
-    def fits(length: int) -> bool:
-        return attempt(length).pool.holds(length)
-
     guess = pool.worst.kv.longest(pool.usable_blocks, limit)
     low, high = 0, limit
     if guess == 0 or fits(guess):
