@@ -110,6 +110,11 @@ class _Fixed(NamedTuple):
         """What of it the device holds once the engine has started, inside the budget or not."""
         return sum(component.resident_bytes for component in self.components)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most of it that the device has to hold at a time."""
+        return max(self.total_bytes, self.resident_bytes)
+
     @classmethod
     def of(
         cls, spec: ModelSpec, rank: Rank, weights: Component, engine: Engine, resolved: Resolved
@@ -145,8 +150,10 @@ class _Pool(NamedTuple):
     available_bytes: int | None
     usable_blocks: int
     num_blocks: int | None
+    limit_bytes: int | None = None
+    """Of a pool whose size the user gave: what its rank may hold, which is all of the device."""
     excess_bytes: int = 0
-    """What a pool of a size that the user gave takes beyond the memory of the device."""
+    """What such a pool takes beyond that."""
 
     def holds(self, length: int) -> bool:
         """Whether one sequence of `length` tokens fits."""
@@ -176,16 +183,13 @@ def _pool(
     blocks = max(available(worst), 0) // worst.kv.bytes_per_block
     blocks = engine.pool_blocks(blocks, worst.kv, resolved)
     usable = max(blocks - engine.held_back_blocks, 0)
-    excess = 0
-    if explicit is not None and device is not None:
-        # A pool of a given size is allocated whatever the budget is, until memory ends.
-        sharers = parallel.world_size if device.kind == "cpu" else 1
-        largest = max(
-            max(one.total_bytes, one.resident_bytes) + blocks * one.kv.bytes_per_block
-            for one in fixed
-        )
-        excess = max(largest - device.total_bytes // sharers, 0)
-    return _Pool(budget, worst, available(worst), usable, blocks, excess)
+    if explicit is None or device is None:
+        return _Pool(budget, worst, available(worst), usable, blocks)
+    # A pool of a given size is allocated whatever the budget is, until memory ends.
+    limit = device.total_bytes // (parallel.world_size if device.kind == "cpu" else 1)
+    largest = max(one.peak_bytes + blocks * one.kv.bytes_per_block for one in fixed)
+    excess = max(largest - limit, 0)
+    return _Pool(budget, worst, available(worst), usable, blocks, limit, excess)
 
 
 class _Attempt(NamedTuple):
@@ -239,7 +243,9 @@ def _rank_plan(one: _Fixed, pool: _Pool, resolved: Resolved, engine: Engine) -> 
         pp_rank=one.rank.pp_rank,
         tp_rank=one.rank.tp_rank,
         components=(weights, kv_cache, *others),
-        budget_bytes=pool.budget_bytes,
+        budget_bytes=pool.budget_bytes
+        if pool.limit_bytes is None
+        else pool.limit_bytes - (one.peak_bytes - one.total_bytes),
         driver_used_bytes=one.resident_bytes + blocks * block_bytes
         if engine.models_driver and pool.num_blocks is not None
         else None,
@@ -292,7 +298,9 @@ def _verdict(pool: _Pool, engine: Engine, length: int, longest: int | None) -> V
             f"{sequences:.2f} sequences of {length:,} tokens at once"
         )
         return Verdict(fits=True, reason=reason, max_model_len_that_fits=longest)
-    if pool.available_bytes <= 0:
+    # What no sequence can have is not left, as in the engine's own message.
+    usable_bytes = pool.available_bytes - engine.held_back_blocks * kv.bytes_per_block
+    if usable_bytes <= 0:
         held = format_bytes(pool.worst.total_bytes)
         reason = f"a rank holds {held} before any KV cache"
         if pool.budget_bytes is not None:
@@ -300,9 +308,8 @@ def _verdict(pool: _Pool, engine: Engine, length: int, longest: int | None) -> V
     else:
         reason = (
             f"one sequence of {length:,} tokens needs {format_bytes(needed)} of KV cache, and "
-            f"{format_bytes(pool.available_bytes)} are left"
+            f"{format_bytes(usable_bytes)} are left"
         )
-    usable_bytes = pool.available_bytes - engine.held_back_blocks * kv.bytes_per_block
     return Verdict(
         fits=False,
         reason=reason,
