@@ -34,7 +34,7 @@ class LogLine:
 
 def compare(plan: Plan, log: VLLMLog) -> list[LogLine]:
     """The lines that the log has, beside what the plan says of the rank that decides."""
-    kv, rank = plan.kv_cache, plan.ranks[0]
+    kv, rank, device = plan.kv_cache, plan.ranks[0], plan.device
     loaded = max(_sum(one, LOADED) for one in plan.ranks)
     peak = _sum(rank, PEAK)
     graphs = next((c for c in rank.components if c.name == "cuda_graphs"), None)
@@ -50,7 +50,7 @@ def compare(plan: Plan, log: VLLMLog) -> list[LogLine]:
         if c.inside_budget and c.name in ("non_torch", "nccl")
     )
     rows: list[tuple[str, Unit, float | None, float | None]] = [
-        ("device", "bytes", plan.device and plan.device.total_bytes, log.bytes_of("total")),
+        ("device", "bytes", device.total_bytes if device else None, log.bytes_of("total")),
         ("budget", "bytes", rank.budget_bytes, log.bytes_of("requested")),
         ("model_load", "bytes", loaded, log.bytes_of("model_load")),
         ("activation_peak", "bytes", peak, log.bytes_of("activation_peak")),

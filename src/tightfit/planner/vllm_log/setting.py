@@ -100,7 +100,7 @@ def setting_of(config: str, arguments: Mapping[str, Any]) -> LogSetting:
             text = text.removeprefix("torch.")
         elif kind == "load_format":
             text = text.rsplit(".", 1)[-1].lower()
-        found[option] = {"int": _int, "bool": lambda text: text == "True"}.get(kind, str)(text)
+        found[option] = _int(text) if kind == "int" else text == "True" if kind == "bool" else text
     found |= _capture_sizes(config)
     for name, value in {**found, **arguments}.items():
         if name == "dtype" and value == "auto" and "dtype" in found:
