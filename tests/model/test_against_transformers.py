@@ -16,7 +16,16 @@ from tightfit.units import dtype_bytes
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3"}
+_DTYPES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+
+_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types of vLLM's own config classes that transformers has under another name."""
 
 
 def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
@@ -27,7 +36,8 @@ def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
 
     values = {key: config[key] for key in config if key != "model_type"}
     quantization = values.pop("quantization_config", None)
-    hf_config = transformers.CONFIG_MAPPING[config["model_type"]](**values)
+    kind = _ALIASES.get(config["model_type"], config["model_type"])
+    hf_config = transformers.CONFIG_MAPPING[kind](**values)
     with torch.device("meta"):
         torch.set_default_dtype(hf_config.dtype or torch.float32)
         try:
@@ -38,7 +48,8 @@ def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
             quantizer._process_model_before_weight_loading(model)
     model.tie_weights()
-    parameters = dict(model.named_parameters())
+    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    parameters = {**dict(model.named_parameters()), **biases}
     found = {
         name: (_DTYPES[str(p.dtype).removeprefix("torch.")], tuple(p.shape))
         for name, p in parameters.items()

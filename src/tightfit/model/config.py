@@ -26,6 +26,10 @@ class Config:
         """Whether the key is there with a value other than null."""
         return self._values.get(key) is not None
 
+    def mentions(self, key: str) -> bool:
+        """Whether the key is there, be it null: `q_lora_rank: null` is not the default."""
+        return key in self._values
+
     def raw(self, *keys: str, default: Any = None) -> Any:
         """The value of the first of `keys` that is present and not null."""
         for key in keys:
@@ -120,7 +124,7 @@ class Config:
 
     def with_defaults(self, values: Mapping[str, Any]) -> "Config":
         """The same, with what a config class fills in where a key is absent or null."""
-        given = {key: value for key, value in self._values.items() if value is not None}
+        given = {k: v for k, v in self._values.items() if v is not None or k not in values}
         return Config({**values, **given}, name=self.name)
 
     def dtype(self) -> str:

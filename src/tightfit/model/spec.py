@@ -50,7 +50,9 @@ class Layer:
 
 def ropes(layers: Iterable[Layer]) -> tuple[Rope, ...]:
     """The distinct rotary embeddings of layers, each of which needs one table."""
-    found = (getattr(mixer, "rope", None) for layer in layers for mixer in layer.mixers)
+    mixers = [mixer for layer in layers for mixer in layer.mixers]
+    blocks = [block for mixer in mixers for block in (mixer, getattr(mixer, "indexer", None))]
+    found = (getattr(block, "rope", None) for block in blocks)
     return tuple(dict.fromkeys(rope for rope in found if isinstance(rope, Rope)))
 
 

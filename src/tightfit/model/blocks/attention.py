@@ -19,6 +19,8 @@ class QKNorm(Enum):
     """Each head by itself, one weight of head_dim: Qwen3, Gemma 3."""
     FULL = "full"
     """All heads together, a weight per feature: OLMo 2. Not separable by rank."""
+    DEALT = "dealt"
+    """As FULL, but a rank has only the weights of its heads: MiniMax-M2."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,10 @@ class Rope:
     scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     """`rope_type` and its factors, or None for the plain kind."""
     max_position_embeddings: int
+    interleaved: bool = False
+    """Features are paired with their neighbours, not with those half a head away."""
+    dtype: str | None = None
+    """Of its table, where the engine does not take the model's: gpt-oss."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,17 +122,22 @@ class Attention(Mixer):
             transposed=names.transposed,
         )
         if self.qk_norm is not QKNorm.NONE:
-            full = self.qk_norm is QKNorm.FULL
             for name, axis in ((names.query_norm, queries), (names.key_norm, keys)):
                 if axis is keys and self.shares_cache:
                     continue
-                size = axis.rows if full else self.head_dim
-                yield vector(f"{at.prefix}.{name}.weight", size, place.where)
+                yield self._norm(f"{at.prefix}.{name}.weight", axis, place)
         if self.sinks:
             name = f"{at.prefix}.sinks"
             heads = Axis(label=queries.label, units=self.num_heads, groups=self.num_kv_heads)
             part = Part(source=name, rows=self.num_heads, axis=heads)
             yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
+
+    def _norm(self, name: str, axis: Axis, place: Place) -> Weight:
+        if self.qk_norm is QKNorm.DEALT:
+            part = Part(source=name, rows=axis.rows, axis=axis)
+            return Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
+        size = axis.rows if self.qk_norm is QKNorm.FULL else self.head_dim
+        return vector(name, size, place.where)
 
     def caches(self, rank: Rank) -> tuple[Cache, ...]:
         """Keys and values of the rank's KV heads."""

@@ -28,6 +28,13 @@ _MODULES: Mapping[str, str] = {
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo",
     "Olmo3ForCausalLM": "olmo",
+    "DeepseekForCausalLM": "deepseek",
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
+    "DeepseekV32ForCausalLM": "deepseek",
+    "GlmMoeDsaForCausalLM": "deepseek",
+    "Glm4MoeLiteForCausalLM": "deepseek",
+    "MiniCPM3ForCausalLM": "minicpm3",
 }
 
 

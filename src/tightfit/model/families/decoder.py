@@ -10,6 +10,7 @@ from typing import Any
 
 from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.blocks.attention import Attention, Rope
+from tightfit.model.blocks.base import Mixer
 from tightfit.model.blocks.mlp import DenseMLP, MoE
 from tightfit.model.config import Config
 from tightfit.model.spec import Layer, ModelSpec
@@ -92,7 +93,8 @@ def _rope_factors(scaling: Config, rope_type: str) -> dict[str, Any]:
     factors: dict[str, Any] = {"rope_type": rope_type}
     for key in _NUMBERS:
         if scaling.has(key) or key in needed:
-            factors[key] = scaling.positive(key)
+            may_be_zero = key.startswith("mscale")
+            factors[key] = scaling.number(key) if may_be_zero else scaling.positive(key)
     for key in ("short_factor", "long_factor"):
         if scaling.has(key) or key in needed:
             factors[key] = scaling.numbers(key)
@@ -143,10 +145,45 @@ def dense_mlp(config: Config, **changes: Any) -> DenseMLP:
     return DenseMLP(**{**fields, **changes})
 
 
-def uniform(config: Config, attention: Attention, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:
+def uniform(config: Config, attention: Mixer, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:
     """All layers alike."""
     layer = Layer(mixers=(attention,), mlp=mlp)
     return (layer,) * num_layers(config)
+
+
+def mixed(
+    config: Config,
+    mixers: Sequence[Mixer],
+    *,
+    dense: DenseMLP,
+    sparse: MoE,
+    is_sparse: Callable[[int], bool],
+) -> tuple[Layer, ...]:
+    """Layers with these mixers, of which some have experts; `mlp_layer_types` must say the same.
+
+    Raises:
+        UnsupportedModelError: it does not, so that engines would disagree about the model.
+    """
+    choice = [is_sparse(i) for i in range(len(mixers))]
+    kinds = config.strings("mlp_layer_types")
+    if kinds and [kind == "sparse" for kind in kinds] != choice:
+        raise UnsupportedModelError(
+            f"{config.name} has mlp_layer_types that differ from first_k_dense_replace or the "
+            "like, which is not modelled"
+        )
+    alike: dict[tuple[Mixer, bool], Layer] = {}
+    return tuple(
+        alike.setdefault((mixer, chosen), Layer(mixers=(mixer,), mlp=sparse if chosen else dense))
+        for mixer, chosen in zip(mixers, choice, strict=True)
+    )
+
+
+def layers_after(config: Config, *keys: str) -> tuple[str, ...]:
+    """Patterns of the layers behind the last, which predict further tokens: not loaded."""
+    first = num_layers(config)
+    more = max(1, config.integer(*keys, default=1, minimum=0, maximum=100))
+    numbers = "|".join(str(first + i) for i in range(more))
+    return (rf"(^|\.)layers\.({numbers})\.",)
 
 
 def num_layers(config: Config) -> int:
