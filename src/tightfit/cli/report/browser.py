@@ -171,7 +171,7 @@ class Chromium:
             while data:
                 data = data[os.write(self._to, data) :]
         except OSError:
-            raise self._failed("stopped") from None
+            raise self._failed("did not start, or stopped") from None
         deadline = time.monotonic() + _TIMEOUT
         while True:
             answer = self._read(deadline)

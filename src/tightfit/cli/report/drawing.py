@@ -31,7 +31,7 @@ class Drawing:
         self.bars = bars
         self.width = width
         self._narrow = width < 560
-        labels = max(40.0, *(text_width(bar.label) for bar in bars)) + 14
+        labels = max(40.0, *(text_width(bar.label, TEXT * 1.1) for bar in bars)) + 14
         self._left = 0.0 if self._narrow else min(labels, width * 0.28)
         self._right = 0.0 if self._narrow else 118.0
         self._thick = 34 if len(bars) <= 4 else 20
@@ -59,7 +59,7 @@ class Drawing:
             rows, y = self._bar(bar, y)
             drawn.append(rows)
         bottom = y - self._gap + 4
-        axis = self._axis(bottom)
+        axis = self._axis(top + 2, bottom)
         self.height = bottom + 20
         if self._narrow:
             lines = self._key(heads)
@@ -81,11 +81,11 @@ class Drawing:
         parts = []
         over = bar.over_bytes
         figure = format_bytes(bar.inside_bytes)
-        state = f"{format_bytes(over)} too much" if over else ""
+        state = f"{format_bytes(over)} over" if over else ""
         if not over and bar.budget_bytes is not None:
             state = f"of {format_bytes(bar.budget_bytes)}"
         if self._narrow:
-            right = f"{figure} {state}".strip()
+            right = f"{figure}, {state}" if over else f"{figure} {state}".strip()
             parts += [
                 label(bar.label, 0, y + 12, bold=True),
                 label(right, self.width, y + 12, anchor="end", class_="bad" if over else "ink"),
@@ -194,7 +194,7 @@ class Drawing:
         shift = -5 if anchor == "end" else 5
         return Markup(line + label(text, x + shift, y, anchor=anchor, class_="ink"))
 
-    def _axis(self, bottom: float) -> list[Markup]:
+    def _axis(self, top: float, bottom: float) -> list[Markup]:
         longest = max(bar.end_bytes for bar in self.bars)
         unit, size = figures.unit_for(longest)
         step = tick_step(longest / size, (self.width - self._left - self._right) / 70)
@@ -202,10 +202,12 @@ class Drawing:
         while value * size <= longest * 1.0001:
             x = f"{self.x(value * size):.2f}"
             text = f"{value:,g}" if value else f"0 {unit}"
-            parts.append(element("line", class_="grid", x1=x, x2=x, y1=2, y2=f"{bottom:g}"))
+            parts.append(
+                element("line", class_="grid", x1=x, x2=x, y1=f"{top:g}", y2=f"{bottom:g}")
+            )
             near_end = self.width - float(x) < text_width(text) / 2
             anchor = "start" if value == 0 else "end" if near_end else "middle"
-            parts.append(label(text, float(x), bottom + 14, anchor=anchor, class_="muted", size=11))
+            parts.append(label(text, float(x), bottom + 14, anchor=anchor, class_="muted tick"))
             value += step
         return parts
 
@@ -218,7 +220,6 @@ def label(
     anchor: str | None = None,
     class_: str = "ink",
     bold: bool = False,
-    size: float | None = None,
 ) -> Markup:
     """One line of text."""
     return element(
@@ -228,7 +229,6 @@ def label(
         x=f"{x:.1f}",
         y=f"{y:.1f}",
         text_anchor=anchor,
-        font_size=size,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tightfit.cli.report import figures
 from tightfit.cli.report.figures import Document
 from tightfit.cli.report.markup import Markup, element
-from tightfit.cli.report.sections import section
+from tightfit.cli.report.parts import section
 
 Grid = Mapping[str, Any]
 

@@ -10,6 +10,7 @@ from tightfit.cli.report.figures import Document
 from tightfit.cli.report.fit_table import Grid, fit_section
 from tightfit.cli.report.markup import Markup, element, join
 from tightfit.cli.report.palette import page_variables
+from tightfit.cli.report.parts import sentence
 
 
 def page(documents: Sequence[Document], grids: Sequence[Grid | None]) -> str:
@@ -19,7 +20,7 @@ def page(documents: Sequence[Document], grids: Sequence[Grid | None]) -> str:
         body = plan(documents[0], grids[0])
     else:
         names, found = sweep.points(documents, grids)
-        title = f"{figures.subject(documents[0])} and {len(documents) - 1} more"
+        title = ", ".join(sweep.subject(found))
         body = join([sweep.headline(found), sweep.overview(found, names), sweep.capacity(found)])
         body = join([body, *(point(number, one) for number, one in enumerate(found))])
     script = _file("script.js")
@@ -45,7 +46,7 @@ def plan(document: Document, grid: Grid | None) -> Markup:
 def point(number: int, one: sweep.Point) -> Markup:
     """The sections of one plan of a sweep, folded."""
     word, class_ = figures.verdict_word(one.document)
-    reason = sections.sentence(one.document["verdict"]["reason"])
+    reason = sentence(one.document["verdict"]["reason"])
     summary = element("summary", one.label, ": ", element("span", word, class_=class_))
     return element(
         "details",

@@ -66,6 +66,8 @@
   for (const one of parts) {
     one.addEventListener("pointerenter", () => mark(one.dataset.part));
     one.addEventListener("pointerleave", () => mark(null));
+    // A shape that listened to the focus would be a stop of the Tab key.
+    if (one instanceof SVGElement) continue;
     one.addEventListener("focusin", () => mark(one.dataset.part));
     one.addEventListener("focusout", () => mark(null));
   }

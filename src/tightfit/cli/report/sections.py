@@ -1,17 +1,11 @@
 """The sections of the page for one plan: facts, options, memory, KV cache, map, advice, notes."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from tightfit.cli.report import figures
-from tightfit.cli.report.drawing import Drawing
-from tightfit.cli.report.figures import Bar, Document
+from tightfit.cli.report.components import components
+from tightfit.cli.report.figures import Document
 from tightfit.cli.report.markup import Markup, element
-from tightfit.cli.report.palette import fill
+from tightfit.cli.report.parts import chart, meter, section, sentence, shown, small, spoken
 from tightfit.units import format_bytes
-
-WIDTHS = {"wide": 940, "medium": 640, "narrow": 324}
-"""Widths for which a drawing is made, by the class that shows it."""
 
 _OPEN_TABLES = 2
 
@@ -62,7 +56,11 @@ def facts(document: Document) -> Markup:
         (
             "Context",
             f"{length:,} tokens",
-            "" if not longest else f"up to {longest:,} would fit",
+            ""
+            if not longest
+            else "the longest that fits"
+            if longest == length
+            else f"up to {longest:,} would fit",
         ),
     ]
     if kv["num_blocks"]:
@@ -104,11 +102,12 @@ def memory(document: Document) -> Markup:
     """The bars of the ranks, and their components."""
     groups = figures.rank_groups(document)
     bars = [figures.rank_bar(document, group, figures.ranks_name(group)) for group in groups]
-    lists = []
+    lists: list[object] = []
+    decides = groups.index(figures.tightest(document))
     for number, (group, bar) in enumerate(zip(groups, bars, strict=True)):
         body = components(group[0]["components"], bar, int(group[0]["driver_used_bytes"] or 0))
         title = bar.label + (" (each)" if len(group) > 1 else "")
-        if len(groups) <= _OPEN_TABLES or number == 0:
+        if len(groups) <= _OPEN_TABLES or number == decides:
             lists.append([element("h3", title) if len(document["ranks"]) > 1 else None, body])
         else:
             total = format_bytes(bar.inside_bytes)
@@ -131,74 +130,6 @@ def host(document: Document) -> Markup | None:
         chart([bar], "Memory by component: " + spoken(bar)),
         components(document["host"]["components"], bar),
     )
-
-
-def components(
-    planned: Sequence[Mapping[str, Any]], bar: Bar, driver_used_bytes: int = 0
-) -> Markup:
-    """A row per component in the order of the bar, which unfolds to its formula."""
-    unit, size = figures.unit_for(max(bar.inside_bytes, bar.budget_bytes or 0))
-    whole = bar.budget_bytes or bar.inside_bytes or 1
-    by_name = {c["name"]: c for c in planned}
-    measured = any(c.get("measured_bytes") is not None for c in planned)
-    share = "of budget" if bar.budget_bytes else "share"
-    head = ("component", unit, "measured" if measured else share, "origin")
-    rows = [
-        element("div", *(element("span", h) for h in head), class_="row head", aria_hidden="true")
-    ]
-    inside = [s for s in bar.segments if s.inside]
-    outside = [s for s in bar.segments if not s.inside]
-
-    def row(segment: figures.Segment) -> Markup:
-        component = by_name[segment.name]
-        third = f"{segment.planned_bytes / whole:.1%}" if segment.inside else "outside"
-        if measured:
-            found = component.get("measured_bytes")
-            third = "" if found is None else figures.in_unit(int(found), size)
-        swatch = element(
-            "i", class_=f"swatch f-{fill(segment.name)}" + ("" if segment.inside else " out")
-        )
-        cells = element(
-            "summary",
-            element("span", swatch, segment.name),
-            element("span", figures.in_unit(segment.planned_bytes, size), hidden_text(unit)),
-            element("span", third),
-            element("span", component["origin"], class_="muted"),
-            class_="row",
-        )
-        formula = element("p", element("b", str(component["origin"])), ": ", component["formula"])
-        return element("details", cells, formula, data_part=segment.name)
-
-    rows += [row(segment) for segment in inside]
-    rows.append(
-        total(
-            "Inside the budget" if outside or bar.budget_bytes else "Together",
-            bar.inside_bytes,
-            size,
-            unit,
-            f"{bar.inside_bytes / whole:.1%}",
-        )
-    )
-    if bar.budget_bytes is not None:
-        left = bar.budget_bytes - bar.inside_bytes
-        word = "Headroom" if left >= 0 else "Beyond the budget"
-        note = f"of {format_bytes(bar.budget_bytes)}"
-        rows.append(total(word, abs(left), size, unit, f"{abs(left) / whole:.1%}", note))
-    rows += [row(segment) for segment in outside]
-    if outside:
-        beside = sum(s.planned_bytes for s in outside)
-        rows.append(total("Outside the budget", beside, size, unit, ""))
-    if driver_used_bytes and bar.device_bytes is not None:
-        note = f"of {format_bytes(bar.device_bytes)}"
-        rows.append(total("The driver will show", driver_used_bytes, size, unit, "", note))
-    return element("div", *rows, class_="components")
-
-
-def total(name: str, nbytes: int, size: int, unit: str, share: str, note: str = "") -> Markup:
-    """A row of a sum."""
-    value = figures.in_unit(nbytes, size)
-    cells = (name, [value, hidden_text(unit)], share, note)
-    return element("div", *(element("span", cell) for cell in cells), class_="row total")
 
 
 def kv_cache(document: Document) -> Markup:
@@ -286,56 +217,3 @@ def notes(document: Document) -> Markup | None:
             items = element("ul", *(element("li", line) for line in lines))
             parts += [element("h3", title), items]
     return section("How far to trust it", *parts) if parts else None
-
-
-def chart(bars: Sequence[Bar], description: str) -> Markup:
-    """A drawing for every width; style sheets show the right one."""
-    drawings = [Drawing(bars, width).svg(f"chart {class_}") for class_, width in WIDTHS.items()]
-    return element("div", *drawings, class_="charts", role="img", aria_label=description)
-
-
-def spoken(bar: Bar) -> str:
-    """A bar in words."""
-    parts = ", ".join(f"{s.name} {format_bytes(s.planned_bytes)}" for s in bar.segments)
-    end = "" if bar.budget_bytes is None else f", of a budget of {format_bytes(bar.budget_bytes)}"
-    return f"{bar.label}: {parts}{end}"
-
-
-def section(title: str, *children: object) -> Markup:
-    """A part of the page with its heading."""
-    return element("section", element("h2", title), *children)
-
-
-def meter(share: float, color: str) -> Markup:
-    """A bar in a table, whose figure stands beside it."""
-    width = f"width:{max(min(share, 1.0), 0.0):.2%}"
-    shown = element("i", class_=f"f-{color}", style=width) if share > 0 else None
-    return element("span", shown, class_="meter")
-
-
-def small(text: str) -> Markup | None:
-    """A note under a value."""
-    return element("small", text) if text else None
-
-
-def hidden_text(text: str) -> Markup:
-    """What only those need who do not see the head of the column."""
-    return element("span", f" {text}", class_="unseen")
-
-
-def shown(value: object) -> str:
-    """An option's value in a table."""
-    if value is None:
-        return "not set"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(shown, value))
-    return str(value)
-
-
-def sentence(text: str) -> str:
-    """With a capital and a full stop."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")

@@ -9,7 +9,7 @@ from tightfit.cli.report import figures
 from tightfit.cli.report.figures import Bar, Document
 from tightfit.cli.report.fit_table import Grid
 from tightfit.cli.report.markup import Markup, element
-from tightfit.cli.report.sections import chart, meter, section, shown, spoken
+from tightfit.cli.report.parts import chart, meter, section, shown, spoken
 from tightfit.units import format_bytes
 
 _SHORT = {
@@ -103,8 +103,26 @@ def _value(name: str, value: Any) -> str:
 
 def headline(found: Sequence[Point]) -> Markup:
     """How many points fit, and of which model."""
+    word, class_ = verdict(found)
+    models, place = subject(found)
+    return element(
+        "header",
+        element("p", element("span", word, class_=f"verdict {class_}")),
+        element("h1", models),
+        element("p", place, class_="reason"),
+        class_="headline",
+    )
+
+
+def verdict(found: Sequence[Point]) -> tuple[str, str]:
+    """What is said of all points, and its class."""
     fitting = sum(point.document["verdict"]["fits"] is True for point in found)
     class_ = "good" if fitting == len(found) else "bad" if not fitting else "muted"
+    return f"{fitting} of {len(found)} fit", class_
+
+
+def subject(found: Sequence[Point]) -> tuple[str, str]:
+    """The models of all points, and their engines and devices."""
     models = dict.fromkeys(str(point.document["model"]["name"]) for point in found)
     engines = dict.fromkeys(
         f"{p.document['engine']['name']} {p.document['engine']['version']}" for p in found
@@ -113,18 +131,12 @@ def headline(found: Sequence[Point]) -> Markup:
         "no device" if p.document["device"] is None else str(p.document["device"]["name"])
         for p in found
     )
-    return element(
-        "header",
-        element("p", element("span", f"{fitting} of {len(found)} fit", class_=f"verdict {class_}")),
-        element("h1", ", ".join(models)),
-        element("p", f"{', '.join(engines)} on {', '.join(devices)}", class_="reason"),
-        class_="headline",
-    )
+    return ", ".join(models), f"{', '.join(engines)} on {', '.join(devices)}"
 
 
 def overview(found: Sequence[Point], names: Sequence[str]) -> Markup:
     """The table of the points, and the bar of the tightest rank of each."""
-    heads = [*names, "fits", "KV tokens", "longest context", "left for KV, per rank"]
+    heads = [*names, "fits", "KV tokens", "longest fit", "KV per rank"]
     numbers = set(heads[-3:])
     head = element(
         "tr",
@@ -145,7 +157,7 @@ def overview(found: Sequence[Point], names: Sequence[str]) -> Markup:
         cells += [element("td", v, data_head=n) for n, v in zip(names[1:], values[1:], strict=True)]
         cells.append(element("td", mark + word, class_=f"{class_} nowrap", data_head="fits"))
         cells.append(_measure("KV tokens", kv["tokens"], tokens))
-        cells.append(_measure("longest context", verdict["max_model_len_that_fits"], longest))
+        cells.append(_measure("longest fit", verdict["max_model_len_that_fits"], longest))
         left = "–" if kv["available_bytes"] is None else format_bytes(kv["available_bytes"])
         cells.append(element("td", left, class_="number", data_head=heads[-1]))
         rows.append(element("tr", *cells))
