@@ -32,7 +32,7 @@ BELOW["sharding"] = {"planner"} | BELOW["planner"]
 BELOW["runtime"] = {"sharding"} | BELOW["sharding"]
 BELOW["demo"] = {"runtime"} | BELOW["runtime"]
 BELOW["cli"] = {"demo"} | BELOW["demo"]
-BELOW["__init__"] = set()
+BELOW["__init__"] = {"planner"}
 BELOW["__main__"] = {"cli"}
 
 

@@ -21,6 +21,7 @@ from tightfit.units import GiB
         ("4090", "rtx4090-24gb"),
         ("NVIDIA GeForce RTX 4080", "rtx4080-16gb"),
         ("a6000", "rtxa6000-48gb"),
+        ("L4", "l4-24gb"),
         ("L40S", "l40s-48gb"),
         ("l40", "l40-48gb"),
         ("AMD Instinct MI300X", "mi300x-192gb"),

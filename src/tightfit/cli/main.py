@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from tightfit import __version__
+from tightfit.cli.arguments import like_vllm
 
 COMMANDS = ("plan", "shard", "verify", "run", "demo")
 
@@ -59,8 +60,9 @@ def main() -> None:
     # Short lives with large headers: collecting cycles costs more than it frees.
     gc.disable()
     signal.signal(signal.SIGTERM, _interrupt)
+    arguments = like_vllm(sys.argv[1:])
     try:
-        build(sys.argv[1:])()
+        build(arguments)(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
 

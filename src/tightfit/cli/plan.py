@@ -1,133 +1,186 @@
 """`tightfit plan`: what a model will need, line by line, before renting anything."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tightfit.cli import options as o
-from tightfit.cli.output import console, guarded, print_json
+from tightfit.cli.answers import Answers
+from tightfit.cli.ci import read_output, read_threshold
+from tightfit.cli.output import console, guarded, print_json, warn
+from tightfit.cli.plan_request import read_request
 from tightfit.cli.shards import read_shards
 from tightfit.cli.shards import tensor_parallel_size as shard_size
-from tightfit.errors import ExitCode, UsageError
-from tightfit.planner.api import plan_model
-from tightfit.planner.plan import COMPONENTS, Plan
+from tightfit.planner.api import open_model
+
+_QUESTIONS = "Questions"
+_CI = "For CI"
+_ELSEWHERE = "From and to vLLM"
 
 
 @guarded
+@o.takes_plan_options
 def plan(
-    model: o.Model,
-    gpu: o.Gpu = None,
-    gpu_memory: o.GpuMemory = None,
-    engine: Annotated[str, typer.Option(help="vllm, or tightfit's builtin runtime.")] = "vllm",
-    engine_version: Annotated[
-        str | None, typer.Option(help="Version of the engine.", show_default="newest modelled")
+    context: typer.Context,
+    model: o.OptionalModel = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit",
+            rich_help_panel=_QUESTIONS,
+            help="Find the most that fits: the longest context; with --max-model-len the most "
+            "sequences; without --gpu the smallest GPUs.",
+        ),
+    ] = False,
+    advise: Annotated[
+        bool,
+        typer.Option(
+            "--advise", rich_help_panel=_QUESTIONS, help="Rank what helps, with what it saves."
+        ),
+    ] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=V1,V2,...",
+            rich_help_panel=_QUESTIONS,
+            help="Plan every value of an option; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
-    entrypoint: Annotated[
-        str, typer.Option(help="vLLM's defaults depend on it: server or llm.")
-    ] = "server",
-    tensor_parallel_size: o.ShardedTensorParallelSize = None,
-    pipeline_parallel_size: o.PipelineParallelSize = 1,
-    max_model_len: o.MaxModelLen = None,
-    max_num_seqs: o.MaxNumSeqs = None,
-    max_num_batched_tokens: o.MaxNumBatchedTokens = None,
-    gpu_memory_utilization: o.GpuMemoryUtilization = None,
-    kv_cache_memory_bytes: o.KvCacheMemoryBytes = None,
-    block_size: o.BlockSize = None,
-    dtype: o.Dtype = "auto",
-    kv_cache_dtype: o.KvCacheDtype = "auto",
-    enforce_eager: o.EnforceEager = False,
-    cudagraph_capture_sizes: o.CudagraphCaptureSizes = None,
-    max_cudagraph_capture_size: o.MaxCudagraphCaptureSize = None,
-    use_v2_model_runner: o.UseV2ModelRunner = None,
     explain: Annotated[
         str | None,
-        typer.Option(help="Print how one component was computed.", show_default=False),
+        typer.Option(
+            metavar="COMPONENT",
+            rich_help_panel=_QUESTIONS,
+            help="Print how a component, or `all`, was computed.",
+            show_default=False,
+        ),
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="OLD.json NEW.json",
+            rich_help_panel=_QUESTIONS,
+            help="Compare two plans made with --json.",
+            show_default=False,
+        ),
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="Also write the view as a picture (.svg).", show_default=False),
+        typer.Option(
+            rich_help_panel=_QUESTIONS,
+            help="Also write a page (.html) or a picture (.svg, .png).",
+            show_default=False,
+        ),
+    ] = None,
+    fail_under_headroom: Annotated[
+        str | None,
+        typer.Option(
+            metavar="5%|2GiB",
+            rich_help_panel=_CI,
+            help="Exit with 1 if less KV memory is left beyond one sequence of max_model_len on "
+            "the tightest rank: a share of the device, or bytes.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option(rich_help_panel=_CI, help="human, json, junit[:FILE] or github.")
+    ] = "human",
+    from_command: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"vllm serve ..."',
+            rich_help_panel=_ELSEWHERE,
+            help="Take model and options from a command; flags of this one win.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ELSEWHERE, help="Take them from vLLM's YAML.", show_default=False
+        ),
+    ] = None,
+    from_log: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=_ELSEWHERE,
+            help="Show planned beside what a start-up log of vLLM says.",
+            show_default=False,
+        ),
+    ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm|compose|k8s",
+            rich_help_panel=_ELSEWHERE,
+            help="Print what starts it as planned.",
+            show_default=False,
+        ),
     ] = None,
     revision: o.Revision = None,
     as_json: o.Json = False,
+    **asked: Any,
 ) -> None:
     """Predict the memory of every rank, and say whether it fits.
 
     Needs no GPU and downloads no weights: of a Hub id it reads the config and the headers.
 
-    Example: tightfit plan Qwen/Qwen3-8B --gpu rtx4090-24gb --max-model-len 16K
+    Example: tightfit plan Qwen/Qwen3-8B --gpu rtx4090 --max-model-len 16K --advise
     """
-    wanted = o.plan_options(
-        engine=engine,
-        engine_version=engine_version,
-        entrypoint=entrypoint,
-        gpu=gpu,
-        gpu_memory=gpu_memory,
-        tensor_parallel_size=shard_size(tensor_parallel_size, read_shards(model), model),
-        pipeline_parallel_size=pipeline_parallel_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        gpu_memory_utilization=gpu_memory_utilization,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        block_size=block_size,
-        dtype=dtype,
-        kv_cache_dtype=kv_cache_dtype,
-        enforce_eager=enforce_eager,
-        cudagraph_capture_sizes=cudagraph_capture_sizes,
-        max_cudagraph_capture_size=max_cudagraph_capture_size,
-        use_v2_model_runner=use_v2_model_runner,
-    )
-    result = plan_model(model, wanted, revision=revision).plan
-    if explain is not None:
-        _explain(result, explain)
+    if diff is not None:
+        _compare(diff, as_json=as_json)
         return
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _show(result)
+    if model is None and from_command is None and config is None:
+        context.fail("Missing argument 'MODEL'.")
+    form, file = read_output("json" if as_json else output)
+    threshold = None if fail_under_headroom is None else read_threshold(fail_under_headroom)
     if report is not None:
-        _picture(result, report)
-    if result.verdict.fits is False:
-        raise typer.Exit(ExitCode.FINDING)
+        from tightfit.cli.report import check_suffix
+
+        check_suffix(report)
+    request = read_request(
+        model, asked, revision=revision, from_command=from_command, config=config
+    )
+    for text in request.warnings:
+        warn(text)
+    size = request.asked.get("tensor_parallel_size")
+    shards = read_shards(request.model)
+    wanted = {**request.asked, "tensor_parallel_size": shard_size(size, shards, request.model)}
+    opened = open_model(request.model, revision=request.revision)
+    answers = Answers(opened=opened, form=form, file=file, threshold=threshold, report=report)
+    if sweep:
+        raise typer.Exit(answers.sweep(sweep, wanted))
+    options = o.plan_options(**wanted)
+    fitted = None
+    if fit:
+        from tightfit.planner.fit import SIZES
+        from tightfit.planner.fit import fit as find_fit
+
+        sizes = SIZES if size is None and shards is None else (options.tensor_parallel_size,)
+        fitted = find_fit(options, opened.plan, sizes=sizes)
+        options = fitted.options
+    result = opened.plan(options) if fitted is None else fitted.plan
+    if explain is not None:
+        answers.explanation(result, options, explain)
+        return
+    if advise:
+        from tightfit.planner.advice import advise as remedies
+
+        result = replace(result, advice=remedies(result, options, opened.plan))
+    raise typer.Exit(answers.plan(result, options, fitted, advised=advise))
 
 
-def _show(plan: Plan) -> None:
-    from tightfit.cli.render import render_plan
+def _compare(paths: tuple[Path, Path], *, as_json: bool) -> None:
+    from tightfit.planner.diff import diff, read_plan
 
-    render_plan(plan, console())
+    old, new = (read_plan(path) for path in paths)
+    difference = diff(old, new)
+    if as_json:
+        print_json(difference.to_json())
+        return
+    from tightfit.cli.tables import render_difference
 
-
-def _explain(plan: Plan, name: str) -> None:
-    """One line per rank, or one for all if they are alike."""
-    lines: dict[str, list[int]] = {}
-    for rank in plan.ranks:
-        for component in rank.components:
-            if component.name == name:
-                lines.setdefault(component.formula, []).append(rank.rank)
-    if not lines:
-        known = [c for c in COMPONENTS if any(c == one.name for one in plan.ranks[0].components)]
-        raise UsageError(f"the plan has no component {name!r}", hint="it has " + ", ".join(known))
-    for formula, ranks in lines.items():
-        where = "" if len(lines) == 1 else f" on rank {', '.join(map(str, ranks))}"
-        print(f"{name}{where}: {formula}")
-
-
-def _picture(plan: Plan, path: Path) -> None:
-    import io
-
-    from rich.console import Console
-
-    from tightfit.cli.render import render_plan
-    from tightfit.errors import OutputError
-
-    if path.suffix != ".svg":
-        raise UsageError(f"--report {path}: cannot write {path.suffix or 'that'}", hint="use .svg")
-    page = Console(record=True, width=100, file=io.StringIO(), force_terminal=True, highlight=False)
-    render_plan(plan, page)
-    try:
-        path.write_text(page.export_svg(title=f"tightfit plan {plan.model.name}"), "utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}", hint="check the directory"
-        ) from error
+    render_difference(difference, console())

@@ -12,6 +12,7 @@ from tightfit.planner.plan import Plan, RankPlan
 from tightfit.units import GiB, MiB, format_bytes
 
 if TYPE_CHECKING:
+    from tightfit.cli.ci import Finding
     from tightfit.runtime.checks import Check
 
 _COLORS = {
@@ -177,6 +178,13 @@ def _notes(plan: Plan, console: Console) -> None:
     for line in lines:
         console.print(Text(line))
     console.print(Text("--explain COMPONENT prints a whole formula", style="dim"))
+
+
+def render_findings(found: "Sequence[Finding]", console: Console) -> None:
+    """What was demanded beside fitting, and whether it holds."""
+    for one in found:
+        word = ("fails", "bold red") if one.failed else ("passes", "bold green")
+        console.print(Text.assemble(word, f": {one.check}: {one.detail}"))
 
 
 def render_checks(plan: Plan, checks: Sequence["Check"], console: Console) -> None:

@@ -146,7 +146,7 @@ def named(gpu: str) -> Device:
     known = {_plain(name): one for name, one in CATALOGUE.items()}
     for matches in (
         [one for name, one in known.items() if name == text],
-        [one for name, one in known.items() if re.fullmatch(re.escape(text) + r"\d+gb", name)],
+        [one for one in known.values() if _plain(one.name.rpartition("-")[0]) == text],
         [one for name, one in known.items() if text and name.startswith(text)],
         [one for name, one in known.items() if len(text) >= 4 and text in name],
     ):
@@ -161,8 +161,10 @@ def named(gpu: str) -> Device:
 
     models = {name.rsplit("-", 1)[0]: name for name in CATALOGUE}
     close = get_close_matches(text, list(models), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(models[model] for model in close)}?" if close else (
-        "known: " + ", ".join(CATALOGUE)
+    hint = (
+        f"did you mean {' or '.join(models[model] for model in close)}?"
+        if close
+        else ("known: " + ", ".join(CATALOGUE))
     )
     raise UsageError(f"unknown GPU {gpu!r}", hint=f"{hint} --gpu-memory 24GiB serves any GPU")
 

@@ -1,0 +1,62 @@
+"""What `plan` is asked: flags, over what a command, a YAML file or a log of vLLM says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.errors import UsageError
+
+if TYPE_CHECKING:
+    from tightfit.planner.vllm_command import ParsedCommand
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The model and the options that were given, by name; flags win over everything else."""
+
+    model: str
+    asked: Mapping[str, Any]
+    revision: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def read_request(
+    model: str | None,
+    asked: Mapping[str, Any],
+    *,
+    revision: str | None = None,
+    from_command: str | None = None,
+    config: Path | None = None,
+) -> Request:
+    """Join the sources.
+
+    Raises:
+        UsageError: no model, or a command that cannot be read.
+        ConfigError: a YAML file that cannot be read.
+    """
+    flags = {name: value for name, value in asked.items() if value is not None}
+    parsed: list[ParsedCommand] = []
+    if config is not None:
+        from tightfit.planner.vllm_command import parse_config_file
+
+        parsed.append(parse_config_file(config))
+    if from_command is not None:
+        from tightfit.planner.vllm_command import parse_command
+
+        parsed.append(parse_command(from_command))
+    options: dict[str, Any] = {}
+    for one in parsed:
+        options |= {"entrypoint": one.entrypoint, **one.options}
+        model = model or one.model
+        revision = revision or one.revision
+    if model is None:
+        raise UsageError(
+            "no MODEL given", hint="a directory, a config.json, a Hub id, or a URL: plan --help"
+        )
+    return Request(
+        model=model,
+        asked=options | flags,
+        revision=revision,
+        warnings=tuple(text for one in parsed for text in one.warnings),
+    )
