@@ -27,9 +27,10 @@ def text_width(text: str, size: float = TEXT) -> float:
 class Drawing:
     """Bars of one scale, below each other, at a width in CSS pixels."""
 
-    def __init__(self, bars: Sequence[Bar], width: int) -> None:
+    def __init__(self, bars: Sequence[Bar], width: int, *, titled: bool = True) -> None:
         self.bars = bars
         self.width = width
+        self._titled = titled
         self._narrow = width < 560
         labels = max(40.0, *(text_width(bar.label, TEXT * 1.1) for bar in bars)) + 14
         self._left = 0.0 if self._narrow else min(labels, width * 0.28)
@@ -158,10 +159,10 @@ class Drawing:
             "y": f"{y:g}",
             "width": f"{max(size * self._scale, 0.4):.2f}",
             "height": self._thick,
-            "data_part": part or None,
+            "data_part": part if self._titled and part else None,
         }
         rect = element("rect", **attributes)
-        if not title:
+        if not (title and self._titled):
             return rect
         return Markup(rect.removesuffix("/>") + ">" + element("title", title) + "</rect>")
 

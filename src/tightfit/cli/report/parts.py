@@ -13,7 +13,11 @@ WIDTHS = {"wide": 940, "medium": 640, "narrow": 324}
 
 def chart(bars: Sequence[Bar], description: str) -> Markup:
     """A drawing for every width; style sheets show the right one."""
-    drawings = [Drawing(bars, width).svg(f"chart {class_}") for class_, width in WIDTHS.items()]
+    drawings = [
+        # Titles are for a pointer that hovers, which narrow screens seldom have.
+        Drawing(bars, width, titled=class_ == "wide").svg(f"chart {class_}")
+        for class_, width in WIDTHS.items()
+    ]
     return element("div", *drawings, class_="charts", role="img", aria_label=description)
 
 

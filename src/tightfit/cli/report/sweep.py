@@ -158,7 +158,8 @@ def overview(found: Sequence[Point], names: Sequence[str]) -> Markup:
         cells.append(element("td", mark + word, class_=f"{class_} nowrap", data_head="fits"))
         cells.append(_measure("KV tokens", kv["tokens"], tokens))
         cells.append(_measure("longest fit", verdict["max_model_len_that_fits"], longest))
-        left = "–" if kv["available_bytes"] is None else format_bytes(kv["available_bytes"])
+        available = kv["available_bytes"]
+        left = "–" if available is None else format_bytes(available) if available else "0"
         cells.append(element("td", left, class_="number", data_head=heads[-1]))
         rows.append(element("tr", *cells))
     table = element("table", element("thead", head), element("tbody", *rows), class_="plain sweep")
