@@ -25,6 +25,7 @@ _MODULES: Mapping[str, str] = {
     "GemmaForCausalLM": "gemma",
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
+    "Gemma3ForConditionalGeneration": "gemma3_mm",
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo",
     "Olmo3ForCausalLM": "olmo",
@@ -35,6 +36,19 @@ _MODULES: Mapping[str, str] = {
     "GlmMoeDsaForCausalLM": "deepseek",
     "Glm4MoeLiteForCausalLM": "deepseek",
     "MiniCPM3ForCausalLM": "minicpm3",
+    "MambaForCausalLM": "mamba",
+    "FalconMambaForCausalLM": "mamba",
+    "Mamba2ForCausalLM": "mamba",
+    "JambaForCausalLM": "jamba",
+    "NemotronHForCausalLM": "nemotron_h",
+    "GraniteMoeHybridForCausalLM": "granite_hybrid",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_next",
+    "Qwen3_5MoeForCausalLM": "qwen3_next",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2",
+    "FalconH1ForCausalLM": "falcon_h1",
+    "BambaForCausalLM": "falcon_h1",
 }
 
 
