@@ -151,9 +151,9 @@ class Chromium:
         self.call("Input.dispatchKeyEvent", **down, **given)
         self.call("Input.dispatchKeyEvent", type="keyUp", **given)
 
-    def picture(self) -> bytes:
-        """The whole page, as far as it scrolls, as PNG."""
-        done = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def picture(self, *, whole: bool = True) -> bytes:
+        """The whole page, as far as it scrolls, or what the window shows of it, as PNG."""
+        done = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(done["data"])
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
