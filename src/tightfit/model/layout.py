@@ -237,6 +237,8 @@ class Weight:
     where: int | Stage
     """The decoder layer, or the pipeline stage."""
     dtype: str | None = None
+    engine_dtype: str | None = None
+    """What an engine converts it to, where that is another one: vLLM's float32 decay rates."""
     linear: bool = False
     """A matrix that quantization applies to."""
     stored_shape: tuple[int, ...] | None = None
@@ -284,6 +286,10 @@ class Weight:
         if self.where in (Stage.BOTH_ENDS, Stage.EVERY) and rank.pp_rank > 0:
             copies = elements - padding
         return Census(elements=elements, padding=padding, copies=copies)
+
+    def held_dtype(self, dtype: str) -> str:
+        """The dtype in which an engine that computes in `dtype` holds it."""
+        return self.engine_dtype or self.dtype or dtype
 
     def rank_tensor(self, rank: Rank, dtype: str) -> "RankTensor":
         """Cut for one rank; `dtype` is used unless the weight has its own.

@@ -20,7 +20,7 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
     """
     total = padding = copies = 0
     for weight in held(spec, rank):
-        size = dtype_bytes(weight.dtype or dtype)
+        size = dtype_bytes(weight.held_dtype(dtype))
         census = weight.census(rank)
         total += census.elements * size
         padding += census.padding * size
