@@ -119,7 +119,7 @@ def test_ranks_hold_the_checkpoint_together(name: str, size: int, pp: int, uneve
         if on_rank(weight, rank, spec.num_layers)
     ]
     assert sum(c.elements - c.padding - c.copies for _, c in census) == expected
-    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    tables = {f"{spec.names.embedding}.weight", f"{spec.names.head}.weight"}
     assert all(c.padding == 0 for weight, c in census if weight.name not in tables)
     padded = sum(c.padding for _, c in census)
     held_tables = 2 if pp > 1 or not spec.tie_word_embeddings else 1
