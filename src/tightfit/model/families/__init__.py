@@ -7,6 +7,7 @@ test checks the table against the files.
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 from tightfit.errors import ConfigError, UnsupportedModelError
@@ -29,13 +30,25 @@ _MODULES: Mapping[str, str] = {
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo",
     "Olmo3ForCausalLM": "olmo",
-    "DeepseekForCausalLM": "deepseek",
     "DeepseekV2ForCausalLM": "deepseek",
     "DeepseekV3ForCausalLM": "deepseek",
     "DeepseekV32ForCausalLM": "deepseek",
     "GlmMoeDsaForCausalLM": "deepseek",
     "Glm4MoeLiteForCausalLM": "deepseek",
     "MiniCPM3ForCausalLM": "minicpm3",
+    "GptOssForCausalLM": "gpt_oss",
+    "Llama4ForCausalLM": "llama4",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "PhiMoEForCausalLM": "phimoe",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "DbrxForCausalLM": "dbrx",
+    "MiMoV2FlashForCausalLM": "mimo_v2",
+    "OlmoeForCausalLM": "olmoe",
+    "GraniteMoeForCausalLM": "granitemoe",
+    "GraniteMoeSharedForCausalLM": "granitemoe",
+    "Ernie4_5_MoeForCausalLM": "ernie45_moe",
+    "Dots1ForCausalLM": "dots1",
     "MambaForCausalLM": "mamba",
     "FalconMambaForCausalLM": "mamba",
     "Mamba2ForCausalLM": "mamba",
@@ -49,6 +62,7 @@ _MODULES: Mapping[str, str] = {
     "Lfm2MoeForCausalLM": "lfm2",
     "FalconH1ForCausalLM": "falcon_h1",
     "BambaForCausalLM": "falcon_h1",
+    "LlavaForConditionalGeneration": "llava",
 }
 
 
@@ -74,22 +88,30 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
     return read_quantization(config, _family(names[0]).spec(config))
 
 
-def text_spec(config: Config, architecture: str, *, key: str = "text_config") -> ModelSpec:
+def text_spec(
+    config: Config,
+    architecture: str,
+    *,
+    key: str | None = "text_config",
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> ModelSpec:
     """Describe the decoder of a multimodal model, whose config nests that of a text model.
 
-    What the nested config leaves out is taken from the outer one where models put it there.
+    What the nested config leaves out is taken from the outer one where models put it there, and
+    from `defaults`. Without a `key` the config itself describes the decoder: Qwen2-VL.
 
     Raises:
         ConfigError: the nested config is missing, or wrong.
         UnsupportedModelError: a feature of it is not modelled.
     """
-    nested = config.section(key)
+    nested = config if key is None else config.section(key)
     if nested is None:
         raise ConfigError(
             f"{config.name} lacks {key!r}",
             hint="is this the config.json of a complete Hugging Face checkpoint?",
         )
-    spec = _family(architecture).spec(nested.completed(config, architecture))
+    nested = nested.completed(config, architecture).with_defaults(defaults)
+    spec = _family(architecture).spec(nested)
     return replace(spec, architecture=config.strings("architectures")[0])
 
 

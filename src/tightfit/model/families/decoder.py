@@ -17,6 +17,8 @@ from tightfit.model.spec import Layer, ModelSpec
 
 MOST_EXPERTS = 10_000
 """More than any model has; bounded because every expert is a tensor of its own."""
+_MROPE_POSITIONS = 4
+"""vLLM's table of a rope for images is so many times as long, for long videos (`mrope.py`)."""
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
 
 
@@ -36,6 +38,7 @@ def rope(
         parameters = nested
     scaling = parameters or config.section("rope_scaling") or Config({})
     rope_type = scaling.text("rope_type", "type", default="default")
+    rope_type = "default" if rope_type == "mrope" else rope_type
     if rope_type not in ROPE_TYPES:
         raise UnsupportedModelError(
             f"rope_type {rope_type!r} is not modelled", hint=f"known: {', '.join(ROPE_TYPES)}"
@@ -65,7 +68,8 @@ def rope(
         theta=theta,
         rotary_dim=rotary_dim,
         scaling=None if rope_type == "default" else factors,
-        max_position_embeddings=config.integer("max_position_embeddings", default=2048),
+        max_position_embeddings=config.integer("max_position_embeddings", default=2048)
+        * (_MROPE_POSITIONS if scaling.has("mrope_section") else 1),
     )
 
 
@@ -143,6 +147,15 @@ def dense_mlp(config: Config, **changes: Any) -> DenseMLP:
         "activation": config.text("hidden_activation", "hidden_act", default="silu"),
     }
     return DenseMLP(**{**fields, **changes})
+
+
+def shared_mlp(
+    intermediate_size: int, activation: str, *, module: str = "shared_experts"
+) -> DenseMLP | None:
+    """The MLP that all tokens of a mixture share, or None where its size is 0."""
+    if not intermediate_size:
+        return None
+    return DenseMLP(intermediate_size=intermediate_size, activation=activation, module=module)
 
 
 def uniform(config: Config, attention: Mixer, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:

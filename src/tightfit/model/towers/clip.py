@@ -1,0 +1,149 @@
+"""CLIP's vision encoder (vLLM's `models/clip.py`), of which models use an inner layer's output."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tightfit.errors import ConfigError
+from tightfit.model.blocks.attention import Projections
+from tightfit.model.blocks.linear import norm
+from tightfit.model.config import Config
+from tightfit.model.layout import Weight
+from tightfit.model.towers.vit import (
+    WHERE,
+    VisionLayers,
+    convolution,
+    parameter,
+    vision_attention,
+    vision_mlp,
+)
+
+_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+}
+"""Of `CLIPVisionConfig`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """Its sizes, read from a `vision_config`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    channels: int
+    activation: str
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image; the encoder also sees a class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def pixels(self) -> int:
+        """Elements of an image."""
+        return self.channels * self.image_size**2
+
+    def weights(self, prefix: str) -> Iterator[Weight]:
+        """Class token, patches, positions, layers; `prefix` ends in `vision_model`."""
+        at, size = f"{prefix}.embeddings", self.hidden_size
+        kernel = (self.channels, self.patch_size, self.patch_size)
+        yield parameter(f"{at}.class_embedding", size)
+        yield from convolution(f"{at}.patch_embedding", rows=size, kernel=kernel, bias=False)
+        yield parameter(f"{at}.position_embedding.weight", self.patches + 1, size)
+        yield from norm(f"{prefix}.pre_layrnorm", size, WHERE, bias=True)
+        yield from self.layers(prefix).weights()
+        yield from norm(f"{prefix}.post_layernorm", size, WHERE, bias=True)
+
+    def unbuilt(self, prefix: str, layers: int) -> frozenset[str]:
+        """Names of what vLLM leaves out when `layers` layers are enough."""
+        if layers >= self.num_layers:
+            return frozenset()
+        every = self.layers(prefix)
+        late = (weight for i in range(layers, self.num_layers) for weight in every.layer(i))
+        last = norm(f"{prefix}.post_layernorm", self.hidden_size, WHERE, bias=True)
+        return frozenset(weight.name for weight in (*late, *last))
+
+    def layers(self, prefix: str) -> VisionLayers:
+        """The layers of the encoder."""
+        return VisionLayers(
+            prefix=f"{prefix}.encoder.layers",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            attention=vision_attention(
+                self.num_heads, self.head_dim, names=Projections(output="out_proj")
+            ),
+            mlp=vision_mlp(self.intermediate_size, self.activation),
+        )
+
+
+def clip(config: Config) -> Clip:
+    """Read a `vision_config`; what it leaves out is as in `CLIPVisionConfig`.
+
+    Raises:
+        ConfigError: its heads or patches do not divide.
+    """
+    config = config.with_defaults(_DEFAULTS)
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    image, patch = config.integer("image_size"), config.integer("patch_size")
+    for whole, part, names in (
+        (hidden, heads, ("hidden_size", "num_attention_heads")),
+        (image, patch, ("image_size", "patch_size")),
+    ):
+        if whole % part:
+            raise ConfigError(
+                f"{config.name} has {names[0]} = {whole}, which is not a multiple of "
+                f"{names[1]} = {part}",
+                hint="correct the config.json",
+            )
+    return Clip(
+        hidden_size=hidden,
+        intermediate_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers", maximum=1000),
+        num_heads=heads,
+        image_size=image,
+        patch_size=patch,
+        channels=config.integer("num_channels"),
+        activation=config.text("hidden_act", default="quick_gelu"),
+    )
+
+
+def feature_layers(config: Config, key: str, num_layers: int, default: int) -> int:
+    """How many layers a model needs whose features come from layer `key`, or from several.
+
+    A list names hidden states, of which number 0 is the input of the first layer; a negative one
+    counts from the end (vLLM's `llava.py: _get_num_hidden_layers`).
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    given = config.raw(key, default=default)
+    layers = given if isinstance(given, list) else [given]
+    found = []
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not layers:
+            raise ConfigError(
+                f"{config.name} has {key} = {str(given)[:40]!r}, which names no layers",
+                hint="correct the config.json",
+            )
+        found.append(num_layers + layer + 1 if layer < 0 else layer)
+    if not found or not 0 <= min(found) <= max(found) <= num_layers:
+        raise ConfigError(
+            f"{config.name} has {key} = {str(given)[:40]!r}, and the encoder has "
+            f"{num_layers} layers",
+            hint="correct the config.json",
+        )
+    return max(found)
