@@ -15,6 +15,7 @@ from tightfit.planner.plan import Plan
 
 if TYPE_CHECKING:
     from tightfit.planner.fit import Fitted
+    from tightfit.planner.vllm_log import VLLMLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +27,10 @@ class Answers:
     file: Path | None
     threshold: Threshold | None
     report: Path | None
+    advised: bool = False
+    log: "VLLMLog | None" = None
 
-    def plan(
-        self, plan: Plan, options: PlanOptions, fitted: "Fitted | None", *, advised: bool
-    ) -> ExitCode:
+    def plan(self, plan: Plan, options: PlanOptions, fitted: "Fitted | None") -> ExitCode:
         """Print one plan; 0 or 1."""
         found = findings(plan, self.threshold, subject=plan.model.name)
         document = plan.to_json()
@@ -37,9 +38,13 @@ class Answers:
             document["fit"] = fitted.to_json()
         if self.threshold is not None:
             document["findings"] = [asdict(one) for one in found]
+        if self.log is not None:
+            from tightfit.cli.log_view import log_json
+
+            document["log"] = log_json(plan, self.log)
         if self.form == "human":
             with until_closed():
-                self._page(plan, found, fitted, advised=advised)
+                self._page(plan, found, fitted)
         else:
             self._data(document, found)
         if self.report is not None:
@@ -50,9 +55,7 @@ class Answers:
             write_report([document], self.report, grid=None if grid is None else grid.to_json())
         return _code(found)
 
-    def _page(
-        self, plan: Plan, found: Sequence[Finding], fitted: "Fitted | None", *, advised: bool
-    ) -> None:
+    def _page(self, plan: Plan, found: Sequence[Finding], fitted: "Fitted | None") -> None:
         from tightfit.cli import render, tables
 
         page = console()
@@ -60,8 +63,12 @@ class Answers:
             tables.render_fitted(fitted, page)
         render.render_plan(plan, page)
         render.render_findings(found[1:], page)
-        if advised:
+        if self.advised:
             tables.render_advice(plan, page)
+        if self.log is not None:
+            from tightfit.cli.log_view import render_log
+
+            render_log(plan, self.log, page)
 
     def sweep(self, texts: Sequence[str], asked: Mapping[str, Any]) -> ExitCode:
         """Print a table of plans; 1 if none of them fits."""
@@ -110,6 +117,13 @@ class Answers:
             return
         with until_closed():
             print(text, end="")
+
+    def command(self, plan: Plan, options: PlanOptions, model: str, kind: str) -> None:
+        """Print what starts vLLM as planned."""
+        from tightfit.planner.emit import emit
+
+        with until_closed():
+            print(emit(plan, model, kind, options=options), end="")  # type: ignore[arg-type]
 
     def explanation(self, plan: Plan, options: PlanOptions, name: str) -> None:
         """Print how components were computed, whatever the verdict is."""

@@ -99,6 +99,11 @@ def warn(text: str) -> None:
     print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
+def note(text: str) -> None:
+    """Something that was done beside the data."""
+    print(one_line(text), file=sys.stderr)
+
+
 def console(*, stderr: bool = False, record: bool = False) -> "Console":
     """A rich console; piped output is as wide as a page, whatever the terminal is."""
     from rich.console import Console

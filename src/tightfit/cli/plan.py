@@ -9,7 +9,7 @@ import typer
 from tightfit.cli import options as o
 from tightfit.cli.answers import Answers
 from tightfit.cli.ci import read_output, read_threshold
-from tightfit.cli.output import console, guarded, print_json, warn
+from tightfit.cli.output import console, guarded, note, print_json, warn
 from tightfit.cli.plan_request import read_request
 from tightfit.cli.shards import read_shards
 from tightfit.cli.shards import tensor_parallel_size as shard_size
@@ -111,6 +111,14 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            rich_help_panel=_ELSEWHERE,
+            help="With --from-log: keep what it teaches for later plans of such start-ups.",
+        ),
+    ] = False,
     emit: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +141,7 @@ def plan(
     if diff is not None:
         _compare(diff, as_json=as_json)
         return
-    if model is None and from_command is None and config is None:
+    if model is None and from_command is None and config is None and from_log is None:
         context.fail("Missing argument 'MODEL'.")
     form, file = read_output("json" if as_json else output)
     threshold = None if fail_under_headroom is None else read_threshold(fail_under_headroom)
@@ -142,7 +150,12 @@ def plan(
 
         check_suffix(report)
     request = read_request(
-        model, asked, revision=revision, from_command=from_command, config=config
+        model,
+        asked,
+        revision=revision,
+        from_command=from_command,
+        config=config,
+        from_log=from_log,
     )
     for text in request.warnings:
         warn(text)
@@ -150,7 +163,15 @@ def plan(
     shards = read_shards(request.model)
     wanted = {**request.asked, "tensor_parallel_size": shard_size(size, shards, request.model)}
     opened = open_model(request.model, revision=request.revision)
-    answers = Answers(opened=opened, form=form, file=file, threshold=threshold, report=report)
+    answers = Answers(
+        opened=opened,
+        form=form,
+        file=file,
+        threshold=threshold,
+        report=report,
+        advised=advise,
+        log=request.log,
+    )
     if sweep:
         raise typer.Exit(answers.sweep(sweep, wanted))
     options = o.plan_options(**wanted)
@@ -170,7 +191,15 @@ def plan(
         from tightfit.planner.advice import advise as remedies
 
         result = replace(result, advice=remedies(result, options, opened.plan))
-    raise typer.Exit(answers.plan(result, options, fitted, advised=advise))
+    if emit is not None:
+        answers.command(result, options, request.model, emit)
+        return
+    code = answers.plan(result, options, fitted)
+    if request.log is not None and from_log is not None and calibrate:
+        from tightfit.cli.log_view import remember
+
+        note(remember(result, request.log, from_log))
+    raise typer.Exit(code)
 
 
 def _compare(paths: tuple[Path, Path], *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from tightfit.errors import UsageError
 
 if TYPE_CHECKING:
     from tightfit.planner.vllm_command import ParsedCommand
+    from tightfit.planner.vllm_log import VLLMLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +20,7 @@ class Request:
     asked: Mapping[str, Any]
     revision: str | None = None
     warnings: tuple[str, ...] = ()
+    log: "VLLMLog | None" = None
 
 
 def read_request(
@@ -28,12 +30,13 @@ def read_request(
     revision: str | None = None,
     from_command: str | None = None,
     config: Path | None = None,
+    from_log: Path | None = None,
 ) -> Request:
-    """Join the sources.
+    """Join the sources: a command wins over a YAML file, and that over a log.
 
     Raises:
         UsageError: no model, or a command that cannot be read.
-        ConfigError: a YAML file that cannot be read.
+        ConfigError: a YAML file or a log that cannot be read.
     """
     flags = {name: value for name, value in asked.items() if value is not None}
     parsed: list[ParsedCommand] = []
@@ -46,6 +49,13 @@ def read_request(
 
         parsed.append(parse_command(from_command))
     options: dict[str, Any] = {}
+    log = None
+    if from_log is not None:
+        from tightfit.cli.log_view import asked_by
+        from tightfit.planner.vllm_log import read_log
+
+        log = read_log(from_log)
+        options, model = asked_by(log), model or log.model
     for one in parsed:
         options |= {"entrypoint": one.entrypoint, **one.options}
         model = model or one.model
@@ -54,8 +64,11 @@ def read_request(
         raise UsageError(
             "no MODEL given", hint="a directory, a config.json, a Hub id, or a URL: plan --help"
         )
+    if flags.keys() & {"gpu", "gpu_memory"}:
+        options = {name: one for name, one in options.items() if name not in ("gpu", "gpu_memory")}
     return Request(
         model=model,
+        log=log,
         asked=options | flags,
         revision=revision,
         warnings=tuple(text for one in parsed for text in one.warnings),

@@ -47,7 +47,7 @@ def make_plan(
     """
     chosen = engine(options)
     parallel = chosen.parallel(options)
-    check_parallel(spec, parallel)
+    _check_parallel(spec, parallel)
     dtype = chosen.resolve(spec, options).dtype.value
     weights = [_weights(spec, rank, dtype) for rank in parallel.ranks()]
     pools: dict[int, _Pool] = {}
@@ -71,13 +71,7 @@ def make_plan(
         fitted = Option(value=max(longest, 1), origin="fitted")
         resolved = replace(resolved, max_model_len=fitted)
     return Plan(
-        model=ModelSummary(
-            name=name,
-            architecture=spec.architecture,
-            params=parameter_count(spec),
-            checkpoint_bytes=checkpoint_bytes(spec),
-            weights_origin="headers" if from_headers else "shapes",
-        ),
+        model=_summary(spec, name, from_headers=from_headers),
         engine=chosen.name,
         engine_version=chosen.version,
         entrypoint=options.entrypoint,
@@ -90,8 +84,20 @@ def make_plan(
     )
 
 
+# A sweep asks the same of the same model again and again.
 _weights = lru_cache(maxsize=1024)(weights_component)
-"""A sweep plans the same ranks again and again."""
+_check_parallel = lru_cache(maxsize=64)(check_parallel)
+
+
+@lru_cache(maxsize=8)
+def _summary(spec: ModelSpec, name: str, *, from_headers: bool) -> ModelSummary:
+    return ModelSummary(
+        name=name,
+        architecture=spec.architecture,
+        params=parameter_count(spec),
+        checkpoint_bytes=checkpoint_bytes(spec),
+        weights_origin="headers" if from_headers else "shapes",
+    )
 
 
 class _Fixed(NamedTuple):

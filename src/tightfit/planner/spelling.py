@@ -9,7 +9,8 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from tightfit.errors import UsageError
 from tightfit.planner.devices import Device, device, this_machine
@@ -94,7 +95,8 @@ def read_option(name: str, value: object) -> Any:
 def _kinds(name: str) -> tuple[type, ...]:
     """The types that a field takes, without None."""
     kind = PlanOptions.__annotations__[name]
-    return tuple(one for one in get_args(kind) or (kind,) if one is not type(None))
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return tuple(get_origin(one) or one for one in options if one is not type(None))
 
 
 def _flag(name: str) -> str:
