@@ -26,6 +26,8 @@ _DTYPES = {
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
 """Model types of vLLM's own config classes that transformers has under another name."""
+_CLASSES = {"PhiMoEForCausalLM": "PhimoeForCausalLM"}
+"""Architectures that the Hub spells otherwise than transformers."""
 
 
 def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
@@ -41,14 +43,16 @@ def theirs(config: Mapping[str, Any]) -> tuple[Tensors, int]:
     with torch.device("meta"):
         torch.set_default_dtype(hf_config.dtype or torch.float32)
         try:
-            model = getattr(transformers, config["architectures"][0])(hf_config)
+            architecture = config["architectures"][0]
+            model = getattr(transformers, _CLASSES.get(architecture, architecture))(hf_config)
         finally:
             torch.set_default_dtype(torch.float32)
         if quantization is not None:
             quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=True)
             quantizer._process_model_before_weight_loading(model)
     model.tie_weights()
-    biases = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    kinds = ("e_score_correction_bias", "expert_bias")
+    biases = {n: b for n, b in model.named_buffers() if n.endswith(kinds)}
     parameters = {**dict(model.named_parameters()), **biases}
     found = {
         name: (_DTYPES[str(p.dtype).removeprefix("torch.")], tuple(p.shape))

@@ -53,6 +53,7 @@ class Projections:
     fused: str | None = None
     query_norm: str = "q_norm"
     key_norm: str = "k_norm"
+    sinks: str = "sinks"
     transposed: bool = False
     """Stored as `[in, out]`: GPT-2's Conv1D."""
 
@@ -127,7 +128,7 @@ class Attention(Mixer):
                     continue
                 yield self._norm(f"{at.prefix}.{name}.weight", axis, place)
         if self.sinks:
-            name = f"{at.prefix}.sinks"
+            name = f"{at.prefix}.{names.sinks}"
             heads = Axis(label=queries.label, units=self.num_heads, groups=self.num_kv_heads)
             part = Part(source=name, rows=self.num_heads, axis=heads)
             yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)

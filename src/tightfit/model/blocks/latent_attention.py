@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek V2): keys and values are projected from one small latent.
 
-Parameters and cuts are those of vLLM's `models/deepseek_v2.py` and `models/deepseek_v32/`. An engine
-that absorbs `kv_b_proj` into queries and outputs keeps only the latent and the rotated key, alike on
-every rank; one that does not keeps whole heads. Sparse attention (DeepSeek V3.2) has an indexer
-beside it, which chooses the tokens that queries see.
+Parameters and cuts are those of vLLM's `models/deepseek_v2.py` and `models/deepseek_v32/`. An
+engine that absorbs `kv_b_proj` into queries and outputs keeps only the latent and the rotated key,
+alike on every rank; one that does not keeps whole heads. Sparse attention (DeepSeek V3.2) has an
+indexer beside it, which chooses the tokens that queries see.
 """
 
 from collections.abc import Iterator

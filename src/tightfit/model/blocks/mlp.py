@@ -1,7 +1,7 @@
 """MLPs: one for all tokens, or a router and experts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tightfit.model.blocks.base import Block, Place
 from tightfit.model.blocks.linear import linear, stack, vector
@@ -66,6 +66,8 @@ class ExpertNames:
     gate_up: str | None = None
     stacked: bool = False
     transposed: bool = False
+    flat: bool = False
+    """Stacked, but as `[experts * intermediate_size, columns]`, down too: DBRX."""
     gate_up_bias: str | None = None
     """Name of the stacked biases of gate and up; None where experts have none."""
     down_bias: str | None = None
@@ -91,6 +93,8 @@ class MoE(Block):
     correction_bias: str | None = None
     """Name of the bias that only decides who is chosen, float32: DeepSeek-V3."""
     correction_dtype: str | None = "F32"
+    correction_shape: tuple[int, ...] | None = None
+    """Of the bias in the checkpoint, where it is not a vector: Ernie 4.5."""
     shared: DenseMLP | None = None
     """An MLP for all tokens, whose module is inside that of the MoE."""
     shared_gate: str | None = None
@@ -113,7 +117,8 @@ class MoE(Block):
             yield vector(f"{router}.bias", self.num_experts, place.where, self.router_dtype)
         if self.correction_bias is not None:
             name = f"{at.prefix}.{self.correction_bias}"
-            yield vector(name, self.num_experts, place.where, self.correction_dtype)
+            bias = vector(name, self.num_experts, place.where, self.correction_dtype)
+            yield replace(bias, stored_shape=self.correction_shape)
         yield from self._experts(at)
         if self.shared is not None:
             yield from self.shared.weights(at)
@@ -130,6 +135,7 @@ class MoE(Block):
         inner = Axis(label="moe_intermediate_size", units=self.intermediate_size)
         width = self.latent_size or at.hidden_size
         names = self.names
+        stored = (self.num_experts * inner.rows, width) if names.flat else None
         yield Weight(
             name=f"{at.prefix}.experts.w13_weight",
             parts=self._gate_up(at.prefix, inner),
@@ -138,6 +144,7 @@ class MoE(Block):
             experts=self.num_experts,
             stacked=names.stacked,
             transposed=names.transposed,
+            stored_shape=stored,
             where=at.where,
             linear=True,
         )
@@ -162,6 +169,7 @@ class MoE(Block):
             experts=self.num_experts,
             stacked=names.stacked,
             transposed=names.transposed,
+            stored_shape=stored,
             where=at.where,
             linear=True,
         )

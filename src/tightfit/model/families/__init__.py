@@ -27,6 +27,7 @@ _MODULES: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma3_mm",
+    "Mistral3ForConditionalGeneration": "mistral3",
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo",
     "Olmo3ForCausalLM": "olmo",

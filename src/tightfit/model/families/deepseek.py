@@ -13,7 +13,7 @@ from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.blocks.attention import Rope
 from tightfit.model.blocks.base import Mixer
 from tightfit.model.blocks.latent_attention import Indexer, LatentAttention
-from tightfit.model.blocks.mlp import DenseMLP, MoE
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.spec import ModelSpec
@@ -42,7 +42,6 @@ class _Defaults:
 
 _V3 = _Defaults()
 _DEFAULTS: Mapping[str, _Defaults] = {
-    "DeepseekForCausalLM": _Defaults(topk_method="greedy", first_k_dense_replace=0),
     "DeepseekV2ForCausalLM": _Defaults(
         n_routed_experts=64,
         n_shared_experts=2,
@@ -93,7 +92,7 @@ def spec(config: Config) -> ModelSpec:
     count = decoder.num_layers(config)
     if defaults.index_n_heads is not None:
         mixers = _sparse(config, latent_attention(config, defaults), defaults.index_n_heads, count)
-    elif _plain_attention(config, architecture):
+    elif _plain_attention(config):
         mixers = (decoder.attention(config),) * count
     else:
         mixers = (latent_attention(config, defaults),) * count
@@ -168,11 +167,11 @@ def deepseek_rope(config: Config, rotary_dim: int) -> Rope:
     return replace(rope, scaling={**rope.scaling, "rope_type": kind})
 
 
-def _plain_attention(config: Config, architecture: str) -> bool:
-    """DeepSeek's first models, and small ones since, have plain attention in the same layers."""
+def _plain_attention(config: Config) -> bool:
+    """Small models have plain attention in the same layers: DeepSeek-VL2-tiny."""
     sizes = [config.raw(key, default=0) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
     told = config.mentions("qk_nope_head_dim") and config.mentions("qk_rope_head_dim")
-    return architecture == "DeepseekForCausalLM" or (told and sizes == [0, 0])
+    return told and sizes == [0, 0]
 
 
 def _sparse(
@@ -224,9 +223,5 @@ def _experts(config: Config, defaults: _Defaults) -> MoE:
         renormalize=config.boolean("norm_topk_prob", default=defaults.norm_topk_prob),
         router_dtype=defaults.router_dtype,
         correction_bias="gate.e_score_correction_bias" if method == "noaux_tc" else None,
-        shared=DenseMLP(
-            intermediate_size=width * shared, activation=activation, module="shared_experts"
-        )
-        if shared
-        else None,
+        shared=decoder.shared_mlp(width * shared, activation),
     )
