@@ -90,8 +90,12 @@ def test_what_else_a_log_says() -> None:
     old, two, new = (read_log(LOGS / f"{case[0]}.log") for case in CASES[:3])
     assert (old.engine, two.engine, new.engine) == ("V0", "V1", "V1")
     assert old.model == "meta-llama/Llama-3.1-8B-Instruct"
-    assert (two.ranks, two.entrypoint) == (("Worker_TP1", "Worker_TP0"), "server")
+    assert (set(two.ranks), two.entrypoint) == ({"Worker_TP1", "Worker_TP0"}, "server")
     assert two.all_bytes["available_kv"] == (gib(55.01), gib(54.89))
+    assert two.bytes_of("kv_in_use") == 58_939_456_789
+    assert two.options["compilation_config"] == {"cudagraph_mode": "PIECEWISE"}
+    assert (two.warm_compile, two.sampler) == (False, "native")
+    assert (new.warm_compile, new.sampler) == (True, "flashinfer")
     assert (new.runner, new.architecture) == ("v2", "LlamaForCausalLM")
     failed = read_log(LOGS / "v0.32.0-too-long.log")
     assert len(failed.errors) == 1

@@ -15,7 +15,7 @@ from tightfit.errors import ConfigError
 from tightfit.planner.vllm_log.setting import echoed_arguments, setting_of
 from tightfit.units import GiB
 
-MAX_LOG_BYTES = 64 * 2**20
+MAX_LOG_BYTES = 32 * 2**20
 """A start-up is at the beginning of a log, however long the server ran afterwards."""
 _MAX_LINE = 2**17
 
@@ -73,9 +73,11 @@ _NUMBERS: tuple[tuple[str, str], ...] = (
 _PATTERNS = [(name, re.compile(pattern), GiB) for name, pattern in _BYTES] + [
     (name, re.compile(pattern), 1) for name, pattern in _NUMBERS
 ]
+_EXACT = re.compile(r"Current kv cache memory in use is (\d+) bytes")
 _HINTS = re.compile(
-    "GiB|GB |KV cache|concurrency|blocks|tokens|engine \\(v|args|version|Model Runner|No available|"
-    "out of memory|Auto-fit"
+    rb"GiB| GB |KV cache size|concurrency|blocks: |num_gpu_blocks|block size|padding|engine \(v|"
+    rb"args: |version |Model Runner|No available|out of memory|Auto-fit|compiled graph|Compiling a|top-k|"
+    rb"Resolved arch|KV cache \(|batched_tokens=|memory-utilization|in use is"
 )
 """One of these is in every line that can matter, and in few others."""
 _ERRORS = (
@@ -123,6 +125,10 @@ class VLLMLog:
     errors: tuple[str, ...]
     ranks: tuple[str, ...]
     truncated: bool = False
+    warm_compile: bool | None = None
+    """Whether compiled graphs came from a cache: compiling has a peak of its own."""
+    sampler: str | None = None
+    """`flashinfer`, or `native`, whose sort takes several times as much."""
 
     def bytes_of(self, name: str) -> int | None:
         """Of several ranks, the value that decides."""
@@ -150,6 +156,8 @@ class _State:
     numbers: dict[str, list[float]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
     ranks: list[str] = field(default_factory=list)
+    warm_compile: bool | None = None
+    sampler: str | None = None
 
     @property
     def done(self) -> bool:
@@ -182,12 +190,11 @@ def _lines(file: BinaryIO) -> Iterator[str]:
     read = 0
     while read < MAX_LOG_BYTES and (data := file.readline(_MAX_LINE)):
         read += len(data)
-        yield data.decode("utf-8", "replace")
+        if _HINTS.search(data):
+            yield data.decode("utf-8", "replace")
 
 
 def _line(line: str, state: _State) -> _State:
-    if _HINTS.search(line) is None and "Resolved architecture" not in line:
-        return state
     line = _ANSI.sub("", line).strip()
     if match := _ENGINE.search(line):
         if state.done:
@@ -207,14 +214,27 @@ def _line(line: str, state: _State) -> _State:
             return state
     if match := re.search(r"Resolved architecture:? (\w+)", line):
         state.architecture = match[1]
-    if re.search(r"Using V2 Model Runner", line):
-        state.runner = "v2"
+    _remarks(line, state)
     if any(error in line for error in _ERRORS):
         message = re.sub(r"^.*?(?:\w+Error|ERROR)\b[^:]*: ", "", line)
         if message not in state.errors:
             state.errors.append(message[:2000])
     _measures(line, state)
     return state
+
+
+def _remarks(line: str, state: _State) -> None:
+    """What is said in passing, and explains a figure."""
+    if "Using V2 Model Runner" in line:
+        state.runner = "v2"
+    elif "Compiling a graph for" in line:
+        state.warm_compile = False
+    elif "Directly load the compiled graph" in line and state.warm_compile is None:
+        state.warm_compile = True
+    elif "Using FlashInfer for top-p & top-k" in line:
+        state.sampler = "flashinfer"
+    elif "PyTorch-native implementation of top-p & top-k" in line:
+        state.sampler = "native"
 
 
 def _measures(line: str, state: _State) -> None:
@@ -232,6 +252,8 @@ def _measures(line: str, state: _State) -> None:
             state.bytes.setdefault(name, []).append(round(value * GiB))
         else:
             state.numbers.setdefault(name, []).append(value)
+    if match := _EXACT.search(line):
+        state.bytes.setdefault("kv_in_use", []).append(int(match[1]))
 
 
 def _log(state: _State, *, truncated: bool) -> VLLMLog:
@@ -242,7 +264,7 @@ def _log(state: _State, *, truncated: bool) -> VLLMLog:
     if utilizations := state.numbers.get("utilization"):
         options.setdefault("gpu_memory_utilization", utilizations[0])
     if chunks := state.numbers.get("chunk"):
-        options.setdefault("max_num_batched_tokens", int(chunks[0]))
+        options.setdefault("max_num_batched_tokens", int(chunks[-1]))
     if state.runner == "v2":
         options.setdefault("use_v2_model_runner", True)
     return VLLMLog(
@@ -259,4 +281,6 @@ def _log(state: _State, *, truncated: bool) -> VLLMLog:
         errors=tuple(state.errors),
         ranks=tuple(state.ranks),
         truncated=truncated,
+        warm_compile=state.warm_compile,
+        sampler=state.sampler,
     )

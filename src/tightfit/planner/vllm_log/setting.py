@@ -119,11 +119,15 @@ def _capture_sizes(config: str) -> dict[str, Any]:
     """The sizes that were captured, unless the log cuts them short."""
     match = re.search(r"['\"]?cudagraph_capture_sizes['\"]?: ?\[([\d, ]+)\]", config)
     sizes = [int(word) for word in match[1].replace(",", " ").split()] if match else []
-    mode = re.search(r"cudagraph_mode['\"]?: ?<?(?:CUDAGraphMode\.)?['\"]?([A-Z_]+)", config)
+    mode = re.search(r"cudagraph_mode['\"]?: ?<?(?:CUDAGraphMode\.)?['\"]?([A-Z_]+|[0-2])", config)
     found: dict[str, Any] = {"cudagraph_capture_sizes": sorted(sizes)} if sizes else {}
     if mode:
-        found["compilation_config"] = {"cudagraph_mode": mode[1]}
+        found["compilation_config"] = {"cudagraph_mode": _MODES.get(mode[1], mode[1])}
     return found
+
+
+_MODES = {"0": "NONE", "1": "PIECEWISE", "2": "FULL"}
+"""As versions around 0.10 print them."""
 
 
 def _int(text: str) -> int | None:
