@@ -8,7 +8,7 @@ from typing import Any
 from tightfit.model.blocks.linear import norm
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
 from tightfit.model.towers.siglip import Siglip, siglip
 from tightfit.model.towers.vit import WHERE, parameter
 
@@ -25,13 +25,29 @@ class Gemma3Images(Media):
     image_size: int
     patches: int
     tokens: int
+    channels: int
 
     def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
         """An image as tall as the most crops, and one crop wide, as vLLM's dummy is."""
-        given = {**processor, **processor.get("images_kwargs", {})}
+        return self.profiled(processor, max_tokens, {})
+
+    def profiled(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+    ) -> tuple[Item, ...]:
+        """That image within a limit of width or height."""
+        given, limit = scoped(processor, "images_kwargs"), sizes.get("image", {})
         most = int(given.get("pan_and_scan_max_num_crops", DEFAULT_MAX_CROPS))
-        crops = 1 + self._crops(given, self.image_size, self.image_size * most, most)
-        return (Item(modality="image", patches=crops * self.patches, tokens=crops * self.tokens),)
+        width = min(self.image_size, limit.get("width", self.image_size))
+        height = min(self.image_size * most, limit.get("height", self.image_size * most))
+        crops = 1 + self._crops(given, width, height, most)
+        return (
+            Item(
+                modality="image",
+                patches=crops * self.patches,
+                tokens=crops * self.tokens,
+                inputs=crops * self.channels * self.image_size**2,
+            ),
+        )
 
     @staticmethod
     def _crops(given: Mapping[str, Any], width: int, height: int, most: int) -> int:
@@ -52,7 +68,12 @@ def gemma3_tower(config: Config, text_hidden_size: int) -> Tower:
     return Tower(
         modalities=("image",),
         weights=tuple(_weights(vision, text_hidden_size)),
-        media=Gemma3Images(image_size=vision.image_size, patches=vision.patches, tokens=tokens),
+        media=Gemma3Images(
+            image_size=vision.image_size,
+            patches=vision.patches,
+            tokens=tokens,
+            channels=vision.channels,
+        ),
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,
         num_heads=vision.num_heads,

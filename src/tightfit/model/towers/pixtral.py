@@ -1,0 +1,167 @@
+"""Pixtral's vision encoder with Mistral 3's merging projector (vLLM's `models/mistral3.py`)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.errors import ConfigError
+from tightfit.model.blocks.linear import column_parallel, norm, replicated, row_parallel
+from tightfit.model.config import Config
+from tightfit.model.layout import Axis, Weight
+from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.vit import (
+    WHERE,
+    VisionLayers,
+    convolution,
+    vision_attention,
+    vision_mlp,
+)
+
+_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 1024,
+    "patch_size": 16,
+}
+"""Of `PixtralVisionConfig`; without any `vision_config`, Mistral 3 differs in two."""
+_MISTRAL = {"patch_size": 14, "image_size": 1540}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PixtralImages(Media):
+    """One embedding per `merge` x `merge` patches; an image is scaled down to `image_size`."""
+
+    image_size: int
+    patch_size: int
+    merge: int
+    channels: int
+
+    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+        """A square of the longest edge, which `size` of the processor overrides."""
+        return self.profiled(processor, max_tokens, {})
+
+    def profiled(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+    ) -> tuple[Item, ...]:
+        """The square, or what is left of it within a limit of width or height."""
+        edge = self._longest_edge(processor)
+        limit, unit = sizes.get("image", {}), self.patch_size * self.merge
+        sides = [min(edge, limit.get(side, edge)) for side in ("width", "height")]
+        shrink = max(1.0, max(sides) / edge)
+        columns, rows = ((math.floor(side / shrink) - 1) // unit + 1 for side in sides)
+        pixels = columns * rows * unit**2
+        return (
+            Item(
+                modality="image",
+                patches=columns * rows * self.merge**2,
+                tokens=columns * rows,
+                inputs=pixels * self.channels,
+            ),
+        )
+
+    def _longest_edge(self, processor: Mapping[str, Any]) -> int:
+        size = scoped(processor, "images_kwargs").get("size")
+        edge = size.get("longest_edge") if isinstance(size, Mapping) else None
+        return edge if isinstance(edge, int) and edge > 0 else self.image_size
+
+
+def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
+    """The tower of a `Mistral3ForConditionalGeneration`.
+
+    Raises:
+        ConfigError: its heads do not divide the hidden size, or a layer is asked for that is not
+            there.
+    """
+    given = config.section("vision_config")
+    vision = (given or Config(_MISTRAL, name=config.name)).with_defaults(_DEFAULTS)
+    hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
+    if hidden % heads:
+        raise ConfigError(
+            f"{vision.name} has hidden_size = {hidden}, which is not a multiple of "
+            f"num_attention_heads = {heads}",
+            hint="correct the config.json",
+        )
+    count = vision.integer("num_hidden_layers", maximum=1000)
+    layers = VisionLayers(
+        prefix="vision_tower.transformer.layers",
+        num_layers=count,
+        hidden_size=hidden,
+        attention=vision_attention(
+            heads, hidden // heads, module="attention", qkv_bias=False, output_bias=False
+        ),
+        mlp=vision_mlp(
+            vision.integer("intermediate_size"),
+            vision.text("hidden_act", default="gelu"),
+            module="feed_forward",
+            gated=True,
+            bias=False,
+            up="up_proj",
+            down="down_proj",
+        ),
+        norms=("attention_norm", "ffn_norm"),
+        norm_bias=False,
+    )
+    built = built_layers(config, count)
+    merge, patch = config.integer("spatial_merge_size", default=2), vision.integer("patch_size")
+    channels = vision.integer("num_channels")
+    return Tower(
+        modalities=("image",),
+        weights=(
+            *convolution(
+                "vision_tower.patch_conv", rows=hidden, kernel=(channels, patch, patch), bias=False
+            ),
+            *norm("vision_tower.ln_pre", hidden, WHERE),
+            *layers.weights(),
+            *_projector(config, hidden, text_hidden_size, merge),
+        ),
+        media=PixtralImages(
+            image_size=vision.integer("image_size"),
+            patch_size=patch,
+            merge=merge,
+            channels=channels,
+        ),
+        hidden_size=hidden,
+        intermediate_size=vision.integer("intermediate_size"),
+        num_heads=heads,
+        head_dim=hidden // heads,
+        num_layers=built,
+        output_size=text_hidden_size,
+        gated=True,
+        rotary=True,
+        unbuilt=frozenset(w.name for i in range(built, count) for w in layers.layer(i)),
+    )
+
+
+def built_layers(config: Config, count: int) -> int:
+    """Layers up to the deepest of `vision_feature_layer`; vLLM builds no others.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    wanted = config.raw("vision_feature_layer", default=-1)
+    indices = config.integers("vision_feature_layer") if isinstance(wanted, list) else (wanted,)
+    depths = [i + count + 1 if isinstance(i, int) and i < 0 else i for i in indices or (-1,)]
+    if not all(isinstance(depth, int) and 0 <= depth <= count for depth in depths):
+        raise ConfigError(
+            f"{config.name} has vision_feature_layer = {wanted!r} for {count} layers",
+            hint="correct the config.json",
+        )
+    return max(depths)
+
+
+def _projector(config: Config, hidden: int, text_hidden: int, merge: int) -> Iterator[Weight]:
+    at, bias = "multi_modal_projector", config.boolean("multimodal_projector_bias")
+    inner = Axis(label="the width of the projector", units=text_hidden)
+    yield from norm(f"{at}.norm", hidden, WHERE)
+    yield from replicated(
+        f"{at}.patch_merger.merging_layer",
+        rows=hidden,
+        columns=hidden * merge**2,
+        where=WHERE,
+    )
+    yield from column_parallel(f"{at}.linear_1", inner, columns=hidden, where=WHERE, bias=bias)
+    yield from row_parallel(f"{at}.linear_2", inner, rows=text_hidden, where=WHERE, bias=bias)
