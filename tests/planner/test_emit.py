@@ -121,10 +121,13 @@ def test_kubernetes() -> None:
 
 def test_no_path_of_this_machine_is_in_a_deployment() -> None:
     plan, _ = planned()
-    for kind in ("compose", "k8s"):
-        text = emit(plan, "/home/me/secret/llama", kind)  # type: ignore[arg-type]
-        assert "/home" not in text
-        assert "/models/llama" in text
+    for model in ("/home/me/hidden/llama", "hidden/models/llama", "./llama/config.json"):
+        for kind in ("compose", "k8s"):
+            text = emit(plan, model, kind)  # type: ignore[arg-type]
+            assert "/home" not in text
+            assert "hidden" not in text
+            assert "/models/llama\n" in text
+    assert "s3://bucket/a/llama\n" in emit(plan, "s3://bucket/a/llama", "compose")
 
 
 @pytest.mark.parametrize(

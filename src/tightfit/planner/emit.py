@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from tightfit.errors import UsageError
@@ -59,6 +59,8 @@ def emit(
             f"nothing to emit, for the plan does not fit: {plan.verdict.reason}",
             hint="see --advise or --fit",
         )
+    if PurePath(model).name == "config.json":
+        model = str(PurePath(model).parent)
     arguments = list(_arguments(plan, options, pin_kv_cache=pin_kv_cache))
     environment = _environment(plan, options)
     if kind == "vllm":
@@ -164,10 +166,12 @@ def _gpus(plan: Plan, options: PlanOptions | None) -> int:
 
 def _inside(model: str) -> tuple[str, str | None]:
     """What the container calls the model, and the name of a local directory, if it is one."""
-    local = model.startswith(("/", ".", "~")) or "\\" in model
-    if not local:
+    path = model.replace("\\", "/")
+    if "://" in path:
         return model, None
-    name = PurePath(model.replace("\\", "/")).name or "model"
+    if not path.startswith(("/", ".", "~")) and path.count("/") < 2 and not Path(model).exists():
+        return model, None
+    name = PurePath(path).name or "model"
     return f"/models/{name}", name
 
 

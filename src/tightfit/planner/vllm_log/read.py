@@ -76,8 +76,8 @@ _PATTERNS = [(name, re.compile(pattern), GiB) for name, pattern in _BYTES] + [
 _EXACT = re.compile(r"Current kv cache memory in use is (\d+) bytes")
 _HINTS = re.compile(
     rb"GiB| GB |KV cache size|concurrency|blocks: |num_gpu_blocks|block size|padding|engine \(v|"
-    rb"args: |version |Model Runner|No available|out of memory|Auto-fit|compiled graph|Compiling a|top-k|"
-    rb"Resolved arch|KV cache \(|batched_tokens=|memory-utilization|in use is"
+    rb"args: |version |Model Runner|No available|out of memory|Auto-fit|compiled graph|top-k|"
+    rb"Compiling a|Resolved arch|KV cache \(|batched_tokens=|memory-utilization|in use is"
 )
 """One of these is in every line that can matter, and in few others."""
 _ERRORS = (
