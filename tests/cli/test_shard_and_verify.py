@@ -32,7 +32,7 @@ def test_from_shard_to_verify(tiny_model: TinyModel, tmp_path: Path) -> None:
     problem, verdict = done.stdout.splitlines()
     assert problem.startswith(f"problem: {path.name}: ")
     assert problem.endswith("is damaged (its checksum differs)")
-    assert verdict == f"verification failed: 1 problems in {out}"
+    assert verdict == f"verification failed: 1 problem in {out}"
     done = tightfit("verify", out, "--json")
     assert done.returncode == 1
     document = json.loads(done.stdout)

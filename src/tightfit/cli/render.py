@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tightfit.planner.plan import Plan, RankPlan
+from tightfit.planner.plan import Component, Plan, RankPlan
 from tightfit.units import GiB, MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ _COLORS = {
     "persistent_buffers": "medium_purple",
     "process_baseline": "grey50",
     "cuda_graphs": "deep_pink3",
+    "weights_after_load": "deep_sky_blue1",
+    "moe_workspace": "dark_orange3",
+    "vision_encoder": "turquoise4",
+    "encoder_cache": "cyan3",
+    "lora": "plum3",
+    "nccl": "light_salmon3",
 }
 _OTHER = "grey70"
 
@@ -38,6 +44,9 @@ def render_plan(plan: Plan, console: Console) -> None:
     measured = any(c.measured_bytes is not None for r in plan.ranks for c in r.components)
     for group in alike(plan.ranks):
         console.print(_table(group, measured=measured))
+    if plan.host:
+        console.print()
+        console.print(_host_table(plan.host))
     _notes(plan, console)
 
 
@@ -138,6 +147,17 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
     return table
 
 
+def _host_table(host: Sequence[Component]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("host, all processes")
+    table.add_column("GiB", justify="right")
+    table.add_column("how computed", overflow="fold")
+    for component in host:
+        how = Text(_shortened(f"{component.origin}: {component.formula}"), style="dim")
+        table.add_row(f"  {component.name}", f"{component.planned_bytes / GiB:,.2f}", how)
+    return table
+
+
 _FORMULA_LENGTH = 110
 
 
@@ -161,6 +181,9 @@ def _notes(plan: Plan, console: Console) -> None:
         f"blocks of {kv.block_size} tokens"
         + ("" if kv.num_blocks is None else f", {kv.num_blocks:,} blocks")
     ]
+    bounds = _bounds(plan)
+    if bounds:
+        lines.append(bounds)
     driver = max((rank.driver_used_bytes or 0 for rank in plan.ranks), default=0)
     if driver and plan.device is not None:
         lines.append(
@@ -174,10 +197,24 @@ def _notes(plan: Plan, console: Console) -> None:
         lines.append(f"{plan.engine} would say: {plan.verdict.engine_message}")
     if plan.not_modelled:
         lines.append("Not modelled yet, so leave room for: " + ", ".join(plan.not_modelled))
+    lines += [f"Note: {text}" for text in plan.warnings]
     console.print()
     for line in lines:
         console.print(Text(line))
     console.print(Text("--explain COMPONENT prints a whole formula", style="dim"))
+
+
+def _bounds(plan: Plan) -> str:
+    """What one sequence needs, by three measures, where windows make them differ."""
+    kv, length = plan.kv_cache, plan.options.max_model_len.value
+    if kv.minimum_bytes >= 0.98 * kv.all_full_bytes and kv.reserved_bytes <= kv.all_full_bytes:
+        return ""
+    return (
+        f"One sequence of {length:,} tokens: {plan.engine} reserves "
+        f"{format_bytes(kv.reserved_bytes)}, which decides; attention still sees "
+        f"{format_bytes(kv.minimum_bytes)} of it, and all tokens in all layers would be "
+        f"{format_bytes(kv.all_full_bytes)}"
+    )
 
 
 def render_findings(found: "Sequence[Finding]", console: Console) -> None:

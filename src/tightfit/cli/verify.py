@@ -83,4 +83,5 @@ def _show(directory: Path, report: Report) -> None:
             f"{manifest.tensor_parallel_size} in layout {manifest.layout}{compared}"
         )
     else:
-        print(f"verification failed: {len(report.problems)} problems in {directory}")
+        count = len(report.problems)
+        print(f"verification failed: {count} problem{'s' if count > 1 else ''} in {directory}")
