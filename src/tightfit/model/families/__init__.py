@@ -28,6 +28,7 @@ _MODULES: Mapping[str, str] = {
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma3_mm",
     "Mistral3ForConditionalGeneration": "mistral3",
+    "Llama4ForConditionalGeneration": "llama4_mm",
     "GraniteForCausalLM": "granite",
     "Olmo2ForCausalLM": "olmo",
     "Olmo3ForCausalLM": "olmo",
@@ -63,7 +64,12 @@ _MODULES: Mapping[str, str] = {
     "Lfm2MoeForCausalLM": "lfm2",
     "FalconH1ForCausalLM": "falcon_h1",
     "BambaForCausalLM": "falcon_h1",
+    "KimiLinearForCausalLM": "kimi_linear",
     "LlavaForConditionalGeneration": "llava",
+    "Qwen2VLForConditionalGeneration": "qwen_vl",
+    "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
 }
 
 

@@ -1,7 +1,7 @@
 """What a plan needs to know of an encoder: its parameters, its width, its tokens per item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +53,14 @@ class Media(ABC):
         """
 
     def profiled(
-        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
         """The largest items within the user's limits of width, height, or number of frames.
 
-        Media whose items have one size only ignore the limits.
+        Media whose items have one size only ignore the limits. Only items of `active` modalities
+        are asked for, which in some models share a context: InternVL.
         """
-        return self.largest(processor, max_tokens)
+        return tuple(i for i in self.largest(processor, max_tokens) if i.modality in active)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

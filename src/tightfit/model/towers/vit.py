@@ -110,6 +110,13 @@ def convolution(name: str, *, rows: int, kernel: tuple[int, ...], bias: bool) ->
         yield vector(f"{name}.bias", rows, WHERE)
 
 
+def plain_linear(name: str, *, rows: int, columns: int, bias: bool = True) -> Iterator[Weight]:
+    """A `torch.nn.Linear`, which vLLM neither cuts nor quantizes."""
+    yield parameter(f"{name}.weight", rows, columns)
+    if bias:
+        yield vector(f"{name}.bias", rows, WHERE)
+
+
 def pooling_head(prefix: str, hidden_size: int, intermediate_size: int) -> Iterator[Weight]:
     """SigLIP's attention pooling: a learned query, torch's own attention, a norm, an MLP."""
     yield parameter(f"{prefix}.probe", 1, 1, hidden_size)
