@@ -111,6 +111,17 @@ def test_the_last_of_several_starts_counts(tmp_path: Path) -> None:
     assert log.bytes_of("available_kv") == gib(55.85)
 
 
+def test_a_log_that_a_terminal_wrapped(tmp_path: Path) -> None:
+    """Copied from a terminal of 147 columns, as people do."""
+    path = tmp_path / "wrapped.log"
+    lines = (LOGS / "v0.10.2-tp2.log").read_text().splitlines()
+    pieces = [line[at : at + 147] for line in lines for at in range(0, len(line), 147)]
+    path.write_text("\n".join(pieces))
+    wrapped, whole = read_log(path), read_log(LOGS / "v0.10.2-tp2.log")
+    assert (wrapped.options, wrapped.model) == (whole.options, whole.model)
+    assert wrapped.bytes_of("available_kv") == whole.bytes_of("available_kv")
+
+
 def test_a_plan_beside_the_log_of_the_same_start_up() -> None:
     log = read_log(LOGS / "v0.25.1.log")
     device = CATALOGUE["h100-80gb"]

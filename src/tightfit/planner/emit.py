@@ -59,8 +59,7 @@ def emit(
             f"nothing to emit, for the plan does not fit: {plan.verdict.reason}",
             hint="see --advise or --fit",
         )
-    if PurePath(model).name == "config.json":
-        model = str(PurePath(model).parent)
+    model = _served(model)
     arguments = list(_arguments(plan, options, pin_kv_cache=pin_kv_cache))
     environment = _environment(plan, options)
     if kind == "vllm":
@@ -162,6 +161,15 @@ def _since(version: str, oldest: tuple[int, int, int]) -> bool:
 def _gpus(plan: Plan, options: PlanOptions | None) -> int:
     size = plan.options.tensor_parallel_size.value * plan.options.pipeline_parallel_size.value
     return size * (1 if options is None else options.data_parallel_size)
+
+
+def _served(model: str) -> str:
+    """A plan may be made of a config alone; vLLM takes the directory that holds it."""
+    if PurePath(model).name != "config.json":
+        return model
+    directory = model[: -len("config.json")].rstrip("/")
+    rooted = "://" in model or model.startswith(("/", ".", "~"))
+    return (directory or "/") if rooted else f"./{directory}"
 
 
 def _inside(model: str) -> tuple[str, str | None]:

@@ -80,6 +80,10 @@ _HINTS = re.compile(
     rb"Compiling a|Resolved arch|KV cache \(|batched_tokens=|memory-utilization|in use is"
 )
 """One of these is in every line that can matter, and in few others."""
+_WRAPPED = re.compile(rb"LLM engine \(v|args: ")
+_START = re.compile(
+    rb"\s*(?:\x1b\[[0-9;]*m)*(?:\(\w+ [^)]*pid=|INFO|WARNING|DEBUG|ERROR|\[[A-Za-z]|\d{4}-|$)"
+)
 _ERRORS = (
     "To serve at least one request with the model",
     "No available memory for the cache blocks",
@@ -187,11 +191,22 @@ def read_log(path: Path | str) -> VLLMLog:
 
 
 def _lines(file: BinaryIO) -> Iterator[str]:
-    read = 0
+    """Lines that may matter; what a terminal has wrapped is put together where it matters most."""
+    read, long = 0, b""
     while read < MAX_LOG_BYTES and (data := file.readline(_MAX_LINE)):
         read += len(data)
-        if _HINTS.search(data):
+        if long and _START.match(data) is None and len(long) < _MAX_LINE:
+            long += data.rstrip(b"\r\n")
+            continue
+        if long:
+            yield long.decode("utf-8", "replace")
+            long = b""
+        if _WRAPPED.search(data):
+            long = data.rstrip(b"\r\n")
+        elif _HINTS.search(data):
             yield data.decode("utf-8", "replace")
+    if long:
+        yield long.decode("utf-8", "replace")
 
 
 def _line(line: str, state: _State) -> _State:
