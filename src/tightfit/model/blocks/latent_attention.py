@@ -74,7 +74,8 @@ class LatentAttention(Mixer):
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    rope: Rope
+    rope: Rope | None
+    """None where `qk_rope_head_dim` is only a name: Kimi Linear."""
     scale: float
     """What scores are multiplied by: qk_head_dim ** -0.5, and yarn's correction."""
     absorbed: bool = True

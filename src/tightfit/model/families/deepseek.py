@@ -178,6 +178,7 @@ def _sparse(
     config: Config, attention: LatentAttention, index_heads: int, count: int
 ) -> tuple[Mixer, ...]:
     """Layers with an indexer, and those that reuse the choice of the one before (IndexCache)."""
+    assert attention.rope is not None
     topk = config.integer("index_topk", default=2048)
     interleaved = config.boolean("indexer_rope_interleave")
     indexer = Indexer(
