@@ -127,7 +127,7 @@ def assumed_quantization(row: Mapping[str, Any]) -> dict[str, Any] | None:
             group = _packed(4, "float", strategy="tensor_group", group_size=16)
             return _compressed("nvfp4-pack-quantized", group)
         if "int4" in name or "awq" in name or "4bit" in name:
-            group = _packed(4, "int", strategy="group", group_size=32)
+            group = _packed(4, "int", strategy="group", group_size=128)
             return _compressed("pack-quantized", group)
         if "fp8" in name:
             group = _packed(8, "float", strategy="channel", dynamic=False)
