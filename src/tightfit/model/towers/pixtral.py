@@ -10,6 +10,7 @@ from tightfit.model.blocks.linear import column_parallel, norm, replicated, row_
 from tightfit.model.config import Config
 from tightfit.model.layout import Axis, Weight
 from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.clip import feature_layers
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -105,7 +106,7 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
         norms=("attention_norm", "ffn_norm"),
         norm_bias=False,
     )
-    built = built_layers(config, count)
+    built = feature_layers(config, "vision_feature_layer", count, -1)
     merge, patch = config.integer("spatial_merge_size", default=2), vision.integer("patch_size")
     channels = vision.integer("num_channels")
     return Tower(
@@ -134,23 +135,6 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
         rotary=True,
         unbuilt=frozenset(w.name for i in range(built, count) for w in layers.layer(i)),
     )
-
-
-def built_layers(config: Config, count: int) -> int:
-    """Layers up to the deepest of `vision_feature_layer`; vLLM builds no others.
-
-    Raises:
-        ConfigError: there is no such layer.
-    """
-    wanted = config.raw("vision_feature_layer", default=-1)
-    indices = config.integers("vision_feature_layer") if isinstance(wanted, list) else (wanted,)
-    depths = [i + count + 1 if isinstance(i, int) and i < 0 else i for i in indices or (-1,)]
-    if not all(isinstance(depth, int) and 0 <= depth <= count for depth in depths):
-        raise ConfigError(
-            f"{config.name} has vision_feature_layer = {wanted!r} for {count} layers",
-            hint="correct the config.json",
-        )
-    return max(depths)
 
 
 def _projector(config: Config, hidden: int, text_hidden: int, merge: int) -> Iterator[Weight]:
