@@ -1,10 +1,12 @@
 """The bytes of a rank's weights, exactly, from the shapes that `model` gives."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from math import prod
 
+from tightfit.model.groups import WeightGroup, grouped
 from tightfit.model.layout import Rank, Weight, on_rank
-from tightfit.model.parameters import parameter_count, parameters
+from tightfit.model.parameters import loaded_parameters, parameter_count, parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.plan import Component
 from tightfit.units import dtype_bytes
@@ -19,14 +21,14 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
         LayoutError: the model cannot be cut that way.
     """
     total = padding = copies = 0
-    for weight in held(spec, rank):
-        size = dtype_bytes(weight.held_dtype(dtype))
-        census = weight.census(rank)
+    for group in _groups(spec):
+        census, count = group.weight.census(rank), group.on_rank(rank, spec.num_layers)
+        size = dtype_bytes(group.weight.held_dtype(dtype)) * count
         total += census.elements * size
         padding += census.padding * size
         copies += census.copies * size
     ranks = rank.parallel.world_size
-    formula = f"{parameter_count(spec):,} parameters in {dtype}"
+    formula = f"{_count(spec):,} parameters in {dtype}"
     if ranks > 1:
         formula += f", cut for {ranks} ranks"
     formula += f": {total:,} bytes"
@@ -41,16 +43,25 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
     )
 
 
+@lru_cache(maxsize=8)
+def _groups(spec: ModelSpec) -> tuple[WeightGroup, ...]:
+    return grouped(spec, loaded_parameters(spec))
+
+
+_count = lru_cache(maxsize=8)(parameter_count)
+
+
 def held(spec: ModelSpec, rank: Rank) -> Iterable[Weight]:
     """The weights of a rank's pipeline stage."""
-    return (weight for weight in parameters(spec) if on_rank(weight, rank, spec.num_layers))
+    return (weight for weight in loaded_parameters(spec) if on_rank(weight, rank, spec.num_layers))
 
 
 def checkpoint_bytes(spec: ModelSpec) -> int:
     """Bytes of all tensors that a checkpoint of this model holds, in the config's dtype."""
-    return sum(
-        dtype_bytes(weight.dtype or spec.dtype)
-        * max(weight.experts, 1)
-        * sum(prod((p.rows, weight.columns or 1)) for p in weight.parts if not p.repeats)
-        for weight in parameters(spec)
-    )
+    found: dict[str, int] = {}
+    for weight in parameters(spec):
+        each = weight.experts if weight.experts and not weight.stacked else 1
+        for part in weight.parts:
+            elements = prod(weight.source_shape(part))
+            found[part.source] = each * dtype_bytes(weight.dtype or spec.dtype, elements)
+    return sum(found.values())
