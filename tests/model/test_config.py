@@ -174,10 +174,9 @@ def test_unknown_architecture() -> None:
     ("quantization", "message"),
     [
         (
-            {"quant_method": "awq", "bits": 4},
-            "quantization_config with quant_method 'awq' is not modelled",
+            {"quant_method": "quark"},
+            "quantization_config with quant_method 'quark' is not modelled",
         ),
-        ({"quant_method": "fp8"}, "quantization_config with quant_method 'fp8' is not modelled"),
         ({}, "quantization_config with quant_method 'unnamed' is not modelled"),
         (
             {"quant_method": "fp8", "weight_block_size": [128]},

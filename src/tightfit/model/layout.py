@@ -18,7 +18,7 @@ from itertools import accumulate
 from math import prod
 
 from tightfit.errors import LayoutError
-from tightfit.units import dtype_bytes
+from tightfit.units import cdiv, dtype_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +118,10 @@ class Axis:
     whole_unless: int | None = None
     """Whole on every rank unless their number divides this: vision towers of vLLM that fall back
     to data parallelism when their heads cannot be dealt."""
+    block: int = 1
+    """So many rows of the units are one row here: the scales or the words of quantized weights."""
+    padded: int = 0
+    """Shares are multiples of this, and the last ones are filled with zeros: MXFP4 experts."""
 
     def is_whole(self, rank: Rank) -> bool:
         """Whether nothing is dealt, because `whole_unless` applies."""
@@ -127,7 +131,7 @@ class Axis:
     @property
     def rows(self) -> int:
         """All rows, before they are dealt."""
-        return self.units * self.unit_rows
+        return cdiv(self.units * self.unit_rows, self.block)
 
     def span(self, rank: Rank) -> tuple[int, int]:
         """First row and number of rows of a rank.
@@ -135,9 +139,13 @@ class Axis:
         Raises:
             LayoutError: the units cannot be dealt to that many ranks.
         """
+        ranks, uneven = rank.parallel.tensor_parallel_size, rank.parallel.uneven
         if self.is_whole(rank):
             return 0, self.rows
-        ranks, uneven = rank.parallel.tensor_parallel_size, rank.parallel.uneven
+        total = self.units * self.unit_rows
+        if self.padded:
+            each = cdiv(cdiv(total, self.padded), ranks) * self.padded // self.block
+            return rank.tp_rank * each, each
         groups = self.groups or self.units
         per_group = self.units // groups
         share: tuple[int, int] | None = None
@@ -154,7 +162,13 @@ class Axis:
             raise LayoutError(
                 f"tensor parallel size {ranks} does not divide {self.label} = {self.units}"
             )
-        return share[0] * self.unit_rows, share[1] * self.unit_rows
+        first, rows = share[0] * self.unit_rows, share[1] * self.unit_rows
+        if first % self.block or (rows % self.block and first + rows < total):
+            raise LayoutError(
+                f"tensor parallel size {ranks} does not divide {self.label} = {total} into whole "
+                f"blocks of {self.block}"
+            )
+        return first // self.block, cdiv(rows, self.block)
 
     def is_copy(self, rank: Rank) -> bool:
         """Whether a lower rank of the same stage holds the same rows."""
@@ -164,22 +178,9 @@ class Axis:
         copies = rank.parallel.tensor_parallel_size // groups
         return self.replicated and copies > 1 and rank.tp_rank % copies > 0
 
-    def in_blocks(self, block: int) -> "Axis":
-        """The axis of the scales of blocks of `block` rows."""
-        if self.unit_rows % block == 0:
-            units, unit_rows = self.units, self.unit_rows // block
-        elif self.groups is None and self.rows % block == 0:
-            units, unit_rows = self.rows // block, 1
-        else:
-            units, unit_rows = 1, -(-self.rows // block)
-        return Axis(
-            label=f"blocks of {block} in {self.label}",
-            units=units,
-            unit_rows=unit_rows,
-            groups=self.groups if units == self.units else None,
-            replicated=self.replicated,
-            whole_unless=self.whole_unless,
-        )
+    def in_blocks(self, block: int, label: str | None = None) -> "Axis":
+        """The axis of what stands for blocks of `block` rows, which ranks have to get whole."""
+        return replace(self, label=label or self.label, block=self.block * block)
 
 
 class Cut(Enum):
@@ -243,6 +244,10 @@ class Weight:
     """A matrix that quantization applies to."""
     stored_shape: tuple[int, ...] | None = None
     """Shape of the only checkpoint tensor, where it has other dimensions: convolutions."""
+    optional: bool = False
+    """Some checkpoints leave it out."""
+    dropped: bool = False
+    """An engine frees it once its kernels have taken what they need."""
 
     def source_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of the checkpoint tensor of a part."""
@@ -285,6 +290,10 @@ class Weight:
                 copies += present * row
         if self.where in (Stage.BOTH_ENDS, Stage.EVERY) and rank.pp_rank > 0:
             copies = elements - padding
+        if inner is not None and self.columns is not None:
+            first, columns = self._columns(rank)
+            absent = columns - max(0, min(columns, self.columns - first))
+            padding += elements // columns * absent
         return Census(elements=elements, padding=padding, copies=copies)
 
     def held_dtype(self, dtype: str) -> str:

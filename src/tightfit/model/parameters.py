@@ -34,13 +34,21 @@ NORMS = {
 
 @lru_cache(maxsize=8)
 def parameters(spec: ModelSpec) -> tuple[Weight, ...]:
-    """Every parameter, in the order of the model.
+    """What a checkpoint holds: every parameter, in the order of the model.
 
     A tied model has no `lm_head.weight`: its embedding serves both ends.
     """
     if spec.quantization is None:
         return plain_parameters(spec)
     return tuple(w for weight in plain_parameters(spec) for w in spec.quantization.apply(weight))
+
+
+@lru_cache(maxsize=8)
+def loaded_parameters(spec: ModelSpec) -> tuple[Weight, ...]:
+    """What an engine holds before its kernels rearrange it, in the order of the model."""
+    if spec.quantization is None:
+        return plain_parameters(spec)
+    return tuple(w for weight in plain_parameters(spec) for w in spec.quantization.loaded(weight))
 
 
 @lru_cache(maxsize=8)
@@ -86,8 +94,11 @@ def _works(spec: ModelSpec, parallel: Parallel) -> bool:
 def _try(spec: ModelSpec, parallel: Parallel) -> None:
     pipeline_layers(spec.num_layers, parallel.pipeline_parallel_size, 0)
     rank = Rank(parallel=parallel)
-    for axis in axes(spec):
+    for axis in axes(spec, experts=False):
         axis.span(rank)
+    if not parallel.expert_parallel:
+        for axis in axes(spec, experts=True):
+            axis.span(rank.for_experts())
     if not parallel.uneven:
         _check_full_norms(spec, parallel.tensor_parallel_size)
 
@@ -106,13 +117,17 @@ def _check_full_norms(spec: ModelSpec, tensor_parallel_size: int) -> None:
             )
 
 
-def axes(spec: ModelSpec) -> tuple[Axis, ...]:
-    """Everything that a tensor parallel layout has to divide."""
+@lru_cache(maxsize=8)
+def axes(spec: ModelSpec, *, experts: bool) -> tuple[Axis, ...]:
+    """Everything that a tensor parallel layout has to divide, of experts or of all else."""
     found: dict[Axis, None] = {}
-    for weight in parameters(spec):
-        if weight.input_axis is not None:
+    for weight in loaded_parameters(spec):
+        if (weight.experts > 0) is not experts:
+            continue
+        if weight.input_axis is not None and weight.cut is Cut.INPUT:
             found[weight.input_axis] = None
-        found |= {part.axis: None for part in weight.parts if part.axis is not None}
+        if weight.cut is Cut.OUTPUT:
+            found |= {part.axis: None for part in weight.parts if part.axis is not None}
     return tuple(found)
 
 

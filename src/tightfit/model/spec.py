@@ -106,6 +106,8 @@ class ModelSpec:
     encoder_tokens: int = 0
     """Tokens of the encoder of an encoder-decoder model; 0 for a decoder alone."""
     quantization: Quantization | None = None
+    kv_cache_quantization: str | None = None
+    """The dtype of the KV cache that the checkpoint asks for, in vLLM's spelling: `fp8`."""
     ignored_sources: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and no engine loads."""
     verified_for_sharding: bool = True
