@@ -108,9 +108,15 @@ def console(*, stderr: bool = False, record: bool = False) -> "Console":
     """A rich console; piped output is as wide as a page, whatever the terminal is."""
     from rich.console import Console
 
+    class Page(Console):
+        """rich would end the process with 1, which is a verdict of ours."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 100
-    return Console(stderr=stderr, record=record, width=width, highlight=False)
+    return Page(stderr=stderr, record=record, width=width, highlight=False)
 
 
 class NoProgress:

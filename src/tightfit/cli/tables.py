@@ -25,7 +25,7 @@ def render_sweep(result: Sweep, console: Console) -> None:
     """One row per point; one that cannot be says why."""
     table = _plain()
     for axis in result.axes:
-        table.add_column(axis.name, justify="left", overflow="fold")
+        table.add_column(axis.name, overflow="fold", min_width=len(axis.name))
     table.add_column("fits")
     for name in ("KV tokens", "concurrency", "spare GiB", "longest"):
         table.add_column(name, justify="right", no_wrap=True)

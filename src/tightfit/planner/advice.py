@@ -56,7 +56,7 @@ def _best(
     tried: list[Advice] = []
     for step in remedy.steps:
         after = _replanned(options, step, replan)
-        if after is None or not _possible(after):
+        if after is None or not _possible(plan, after):
             continue
         saved = shortage - shortage_bytes(after)
         if saved <= 0:
@@ -82,10 +82,15 @@ def _replanned(options: PlanOptions, step: Step, replan: Replan) -> Plan | None:
         return None
 
 
-def _possible(plan: Plan) -> bool:
-    """Whether the device has what the driver would have to give."""
-    used = max((rank.driver_used_bytes or 0 for rank in plan.ranks), default=0)
-    return plan.device is None or plan.device.kind == "cpu" or used <= plan.device.total_bytes
+def _possible(before: Plan, after: Plan) -> bool:
+    """Whether what would fit is more than the device has, once everything outside is counted."""
+    if after.device is None or after.device.kind == "cpu" or not after.verdict.fits:
+        return True
+    return _driver_used(after) <= max(after.device.total_bytes, _driver_used(before))
+
+
+def _driver_used(plan: Plan) -> int:
+    return max((rank.driver_used_bytes or 0 for rank in plan.ranks), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

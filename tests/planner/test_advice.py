@@ -1,0 +1,127 @@
+from typing import Any
+
+import pytest
+
+from support.configs import MODELS, read_spec
+from tightfit.errors import UnsupportedModelError, UsageError
+from tightfit.planner.advice import advise
+from tightfit.planner.assemble import make_plan
+from tightfit.planner.options import PlanOptions
+from tightfit.planner.plan import Advice, Plan
+from tightfit.planner.spelling import plan_options
+from tightfit.units import GiB
+
+
+def advice_for(model: str, **given: object) -> tuple[Plan, dict[str, Advice]]:
+    options = plan_options(given)
+
+    def replan(changed: PlanOptions) -> Plan:
+        return make_plan(read_spec(model), changed, name=model)
+
+    plan = replan(options)
+    found = advise(plan, options, replan)
+    assert list(found) == sorted(
+        found, key=lambda one: (plan.verdict.fits is False and not one.fits, -one.saves_bytes)
+    )
+    return plan, {one.change: one for one in found}
+
+
+def by_flag(found: dict[str, Advice], flag: str) -> Advice:
+    return next(one for change, one in found.items() if change.startswith(flag))
+
+
+def test_what_makes_it_fit_comes_first() -> None:
+    plan, found = advice_for("Llama-3.1-8B", gpu="rtx4090")
+    assert plan.verdict.fits is False
+    first = next(iter(found.values()))
+    assert first.fits is True
+    assert found["--tensor-parallel-size 2"].fits is True
+    assert found["--pipeline-parallel-size 2"].fits is True
+    assert by_flag(found, "--max-model-len").fits is True
+    assert by_flag(found, "--gpu ").fits is True
+    eager = found["--enforce-eager"]
+    assert eager.fits is False
+    assert all(one.costs and one.saves_bytes > 0 for one in found.values())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tensor_parallel_size": 2},
+        {"kv_cache_dtype": "fp8"},
+        {"enforce_eager": True},
+        {"gpu_memory_utilization": 0.95},
+    ],
+)
+def test_savings_are_those_of_the_plan_with_the_change(changed: dict[str, Any]) -> None:
+    before, found = advice_for("Qwen3-8B", gpu="l40s")
+    flag = next(iter(changed)).replace("_", "-")
+    value = "" if changed == {"enforce_eager": True} else f" {next(iter(changed.values()))}"
+    after, _ = advice_for("Qwen3-8B", gpu="l40s", **changed)
+
+    def lacking(plan: Plan) -> int:
+        assert plan.kv_cache.available_bytes is not None
+        return plan.kv_cache.reserved_bytes - plan.kv_cache.available_bytes
+
+    assert found[f"--{flag}{value}"].saves_bytes == lacking(before) - lacking(after)
+
+
+def test_following_the_advice_makes_it_fit() -> None:
+    _, found = advice_for("Llama-3.1-8B", gpu="rtx4090")
+    longest = by_flag(found, "--max-model-len").change.split()[1]
+    plan, _ = advice_for("Llama-3.1-8B", gpu="rtx4090", max_model_len=longest)
+    assert plan.verdict.fits is True
+    gpu = by_flag(found, "--gpu ").change.split()[1]
+    plan, _ = advice_for("Llama-3.1-8B", gpu=gpu)
+    assert plan.verdict.fits is True
+
+
+def test_a_pool_that_is_too_large() -> None:
+    _, found = advice_for(
+        "Llama-3.1-8B", gpu="h100", max_model_len=8192, kv_cache_memory_bytes="63GiB"
+    )
+    assert found["no --kv-cache-memory-bytes"].fits is True
+
+
+def test_a_fitted_length_is_kept() -> None:
+    plan, found = advice_for("Llama-3.1-8B", gpu="rtx4090", max_model_len="auto")
+    assert plan.verdict.fits is True
+    assert found["--tensor-parallel-size 2"].saves_bytes > 8 * GiB
+
+
+def test_without_a_device() -> None:
+    plan, found = advice_for("Llama-3.1-8B")
+    assert plan.verdict.fits is None
+    assert found["--tensor-parallel-size 2"].saves_bytes > 8 * GiB
+    assert not any(change.startswith("--gpu ") for change in found)
+
+
+def test_other_engines() -> None:
+    plan, found = advice_for("SmolLM2-135M", engine="builtin", gpu_memory="1GiB", dtype="float32")
+    assert plan.options.dtype.value == "F32"
+    assert "--dtype bfloat16" in found
+    assert "--pipeline-parallel-size 2" not in found
+
+
+def test_a_remedy_that_fails_is_left_out() -> None:
+    options = plan_options({"gpu": "rtx4090"})
+
+    def replan(changed: PlanOptions) -> Plan:
+        if changed.tensor_parallel_size > 1:
+            raise UsageError("no such layout")
+        if changed.enforce_eager:
+            raise AssertionError("a bug of ours")
+        return make_plan(read_spec("Llama-3.1-8B"), changed, name="x")
+
+    found = {one.change for one in advise(replan(options), options, replan)}
+    assert "--kv-cache-dtype fp8" in found
+    assert not any("tensor-parallel" in one or "eager" in one for one in found)
+
+
+@pytest.mark.parametrize("model", MODELS[::7])
+def test_every_model_gets_advice(model: str) -> None:
+    try:
+        _, found = advice_for(model, gpu_memory="8GiB")
+    except UnsupportedModelError as error:
+        pytest.skip(error.message)
+    assert found
