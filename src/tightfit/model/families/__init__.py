@@ -27,6 +27,8 @@ _MODULES: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma3_mm",
+    "Gemma4ForCausalLM": "gemma4",
+    "Gemma4ForConditionalGeneration": "gemma4",
     "Mistral3ForConditionalGeneration": "mistral3",
     "Llama4ForConditionalGeneration": "llama4_mm",
     "GraniteForCausalLM": "granite",
@@ -51,6 +53,7 @@ _MODULES: Mapping[str, str] = {
     "GraniteMoeSharedForCausalLM": "granitemoe",
     "Ernie4_5_MoeForCausalLM": "ernie45_moe",
     "Dots1ForCausalLM": "dots1",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
     "MambaForCausalLM": "mamba",
     "FalconMambaForCausalLM": "mamba",
     "Mamba2ForCausalLM": "mamba",
@@ -70,6 +73,11 @@ _MODULES: Mapping[str, str] = {
     "Qwen2_5_VLForConditionalGeneration": "qwen_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5ForConditionalGeneration": "qwen3_vl",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_vl",
+    "Glm4vMoeForConditionalGeneration": "glm4v",
+    "InternVLChatModel": "internvl",
+    "InternVLForConditionalGeneration": "internvl",
 }
 
 

@@ -1,7 +1,7 @@
 """Gemma 3's images: SigLIP, pooled to `mm_tokens_per_image` embeddings per crop."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,14 @@ class Gemma3Images(Media):
 
     def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
         """An image as tall as the most crops, and one crop wide, as vLLM's dummy is."""
-        return self.profiled(processor, max_tokens, {})
+        return self.profiled(processor, max_tokens, {}, ())
 
     def profiled(
-        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+        self,
+        processor: Mapping[str, Any],
+        max_tokens: int,
+        sizes: Sizes,
+        active: Collection[str],
     ) -> tuple[Item, ...]:
         """That image within a limit of width or height."""
         given, limit = scoped(processor, "images_kwargs"), sizes.get("image", {})

@@ -1,6 +1,6 @@
 """Llama 4's images: tiles, a vision transformer, and pixel shuffle (vLLM's `models/mllama4.py`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +48,14 @@ class Llama4Images(Media):
 
     def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
         """As many tiles as `max_patches` allows, one above the other."""
-        return self.profiled(processor, max_tokens, {})
+        return self.profiled(processor, max_tokens, {}, ())
 
     def profiled(
-        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+        self,
+        processor: Mapping[str, Any],
+        max_tokens: int,
+        sizes: Sizes,
+        active: Collection[str],
     ) -> tuple[Item, ...]:
         """That image within a limit of width or height."""
         given, limit, tile = (

@@ -1,7 +1,7 @@
 """Pixtral's vision encoder with Mistral 3's merging projector (vLLM's `models/mistral3.py`)."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,14 @@ class PixtralImages(Media):
 
     def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
         """A square of the longest edge, which `size` of the processor overrides."""
-        return self.profiled(processor, max_tokens, {})
+        return self.profiled(processor, max_tokens, {}, ())
 
     def profiled(
-        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes
+        self,
+        processor: Mapping[str, Any],
+        max_tokens: int,
+        sizes: Sizes,
+        active: Collection[str],
     ) -> tuple[Item, ...]:
         """The square, or what is left of it within a limit of width or height."""
         edge = self._longest_edge(processor)
