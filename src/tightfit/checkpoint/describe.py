@@ -1,16 +1,25 @@
 """What model a checkpoint holds: its config, held against its headers where it has weights."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint
+from tightfit.checkpoint.files import read_config
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.errors import CheckpointError, UnsupportedModelError
+from tightfit.errors import CheckpointError
 from tightfit.model.families import model_spec
 from tightfit.model.sources import check_sources, untied
 from tightfit.model.spec import ModelSpec
 
 _CHUNK_BYTES = 2**23
 _MODELOPT = "hf_quant_config.json"
+_PROMISED = re.compile(
+    r"(?<![a-z0-9])(fp8|nvfp4|mxfp[48]|awq|gptq|int[48]|w[48]a(?:4|8|16)|bnb|[48]-?bit)(?![a-z0-9])",
+    re.IGNORECASE,
+)
+"""What names of quantized checkpoints say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +28,7 @@ class Description:
 
     spec: ModelSpec
     from_headers: bool
+    warnings: tuple[str, ...] = ()
 
 
 def describe(checkpoint: Checkpoint) -> Description:
@@ -29,21 +39,36 @@ def describe(checkpoint: Checkpoint) -> Description:
         UnsupportedModelError: the architecture is not modelled.
         CheckpointError: a tensor is missing, or is not what config.json says.
     """
-    spec = model_spec(checkpoint.config)
-    if spec.quantization is None and checkpoint.source.exists(_MODELOPT):
-        # ModelOpt writes its quantization beside config.json, and shapes would be wrong without.
-        raise UnsupportedModelError(
-            f"{checkpoint.name} is quantized by {_MODELOPT}, which is not modelled",
-            hint="plan the unquantized model",
-        )
+    spec = model_spec(_with_modelopt(checkpoint))
     if not checkpoint.has_weights:
-        return Description(spec=spec, from_headers=False)
+        return Description(spec=spec, from_headers=False, warnings=_warnings(spec, checkpoint.name))
     tensors = checkpoint.tensors()
     if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, tensors):
         # Fine-tuning and quantizing leave such checkpoints, and vLLM unties them as well.
         spec = untied(spec, tensors)
     check_sources(spec, tensors, checkpoint.name)
     return Description(spec=spec, from_headers=True)
+
+
+def _with_modelopt(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The config, with the quantization that ModelOpt writes into a file beside it."""
+    config = checkpoint.config
+    if config.get("quantization_config") is not None or not checkpoint.source.exists(_MODELOPT):
+        return config
+    section = {**read_config(checkpoint.source, _MODELOPT), "quant_method": "modelopt"}
+    return {**config, "quantization_config": section}
+
+
+def _warnings(spec: ModelSpec, name: str) -> tuple[str, ...]:
+    """That a name promises what neither the config nor a header says."""
+    promised = _PROMISED.search(name.rstrip("/").rpartition("/")[2])
+    if spec.quantization is not None or promised is None:
+        return ()
+    return (
+        f"the name {name!r} says {promised[0]}, and config.json declares no quantization: the plan "
+        f"is that of unquantized weights. ModelOpt keeps it in {_MODELOPT}, which belongs beside "
+        "config.json; with the weights' headers there is no doubt",
+    )
 
 
 def require_weights(checkpoint: Checkpoint, command: str) -> None:

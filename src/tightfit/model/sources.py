@@ -3,13 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tightfit.errors import CheckpointError
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
 
 _FLOATS = ("BF16", "F16", "F32")
+_SAME = {"U8": ("U8", "F8_E8M0", "I8"), "I32": ("I32", "U32")}
+"""Dtypes that different writers use for the same bits."""
 
 # Buffers that old versions of transformers saved, and that no engine reads.
 _BUFFERS = r"\.(rotary_emb\.inv_freq|masked_bias)$"
@@ -31,16 +33,29 @@ class Tensor(Protocol):
         """Its bytes."""
 
 
+class _Expected(NamedTuple):
+    """A tensor of a checkpoint; its dtype is None if any float will do."""
+
+    shape: tuple[int, ...]
+    dtype: str | None
+    optional: bool
+
+
 def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model holds, with its shape."""
-    found: dict[str, tuple[int, ...]] = {}
+    return {name: expected.shape for name, expected in _expected(spec).items()}
+
+
+def _expected(spec: ModelSpec) -> dict[str, _Expected]:
+    found: dict[str, _Expected] = {}
     for weight in parameters(spec):
+        dtype = None if weight.dtype in _FLOATS else weight.dtype
         for part in weight.parts:
-            shape = weight.source_shape(part)
+            expected = _Expected(weight.source_shape(part), dtype, weight.optional)
             if weight.experts and not weight.stacked:
-                found |= {part.source.format(expert=e): shape for e in range(weight.experts)}
+                found |= {part.source.format(expert=e): expected for e in range(weight.experts)}
             else:
-                found[part.source] = shape
+                found[part.source] = expected
     return found
 
 
@@ -58,30 +73,21 @@ def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) ->
         CheckpointError: a tensor is missing, has another shape, has a dtype that no engine loads,
             or belongs to no part of the model.
     """
-    expected = source_shapes(spec)
-    missing = [name for name in expected if name not in tensors]
+    expected = _expected(spec)
+    missing = [name for name, one in expected.items() if name not in tensors and not one.optional]
     if missing:
         raise CheckpointError(
             f"{where} lacks the tensor {missing[0]!r}{_and_more(missing)}",
             hint="the download is incomplete, or config.json belongs to another model",
         )
-    for name, shape in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{where}: tensor {name!r} has the shape {list(tensor.shape)}, and config.json "
-                f"says {list(shape)}",
-                hint="config.json and the weights belong to different models",
-            )
-        if tensor.dtype not in _FLOATS and spec.quantization is None:
-            raise CheckpointError(
-                f"{where}: tensor {name!r} has the dtype {tensor.dtype}, and config.json has no "
-                "quantization_config",
-                hint="config.json and the weights belong to different models",
-            )
+    for name, one in expected.items():
+        if name in tensors:
+            _check(name, one, tensors, spec, where)
+    quantization = spec.quantization
+    optional = quantization.optional_sources if quantization is not None else ()
     head = f"{spec.names.head}.weight"
     known = {head, *expected} if spec.tie_word_embeddings else expected.keys()
-    ignored = re.compile("|".join((_BUFFERS, *spec.ignored_sources)))
+    ignored = re.compile("|".join((_BUFFERS, *spec.ignored_sources, *optional)))
     unknown = [name for name in tensors if name not in known and not ignored.search(name)]
     if unknown:
         raise CheckpointError(
@@ -89,6 +95,42 @@ def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) ->
             f"{spec.architecture} does not have",
             hint="config.json belongs to another model, or misses an option such as a bias",
         )
+
+
+def _check(
+    name: str, expected: _Expected, tensors: Mapping[str, Tensor], spec: ModelSpec, where: str
+) -> None:
+    tensor = tensors[name]
+    if not _alike(tensor.shape, expected.shape, quantized=spec.quantization is not None):
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has the shape {list(tensor.shape)}, and config.json "
+            f"says {list(expected.shape)}",
+            hint="config.json and the weights belong to different models",
+        )
+    if spec.quantization is None:
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{where}: tensor {name!r} has the dtype {tensor.dtype}, and config.json has no "
+                "quantization_config",
+                hint="config.json and the weights belong to different models",
+            )
+        return
+    # Some layers are stored in fp8 and held in the model's dtype, as keys of sparse attention.
+    scaled = expected.dtype is None and f"{name}_scale_inv" in tensors
+    wanted = _FLOATS if expected.dtype is None else _SAME.get(expected.dtype, (expected.dtype,))
+    if tensor.dtype not in wanted and not scaled:
+        raise CheckpointError(
+            f"{where}: tensor {name!r} has the dtype {tensor.dtype}, and the quantization_config "
+            f"means {' or '.join(wanted)}",
+            hint="config.json and the weights were made by different runs",
+        )
+
+
+def _alike(shape: tuple[int, ...], expected: tuple[int, ...], *, quantized: bool) -> bool:
+    """Equal, where a scale may be `[]` or `[1]`, and scales of rows `[n]` or `[n, 1]`."""
+    if shape == expected or not quantized:
+        return shape == expected
+    return [n for n in shape if n != 1] == [n for n in expected if n != 1]
 
 
 def _and_more(names: list[str]) -> str:
