@@ -27,6 +27,8 @@ _MODULES: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma",
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma3_mm",
+    "Gemma3nForCausalLM": "gemma3n",
+    "Gemma3nForConditionalGeneration": "gemma3n",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4ForConditionalGeneration": "gemma4",
     "Mistral3ForConditionalGeneration": "mistral3",
@@ -78,7 +80,12 @@ _MODULES: Mapping[str, str] = {
     "Glm4vMoeForConditionalGeneration": "glm4v",
     "InternVLChatModel": "internvl",
     "InternVLForConditionalGeneration": "internvl",
+    "KimiK25ForConditionalGeneration": "kimi_k25",
+    "Phi3VForCausalLM": "phi3v",
+    "DeepseekVLV2ForCausalLM": "deepseek_vl2",
 }
+_UNNAMED: Mapping[str, str] = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
+"""By model type, what vLLM's config class fills in where a config names no architecture."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -95,6 +102,10 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
     """
     config = Config(values)
     names = config.strings("architectures")
+    unnamed = _UNNAMED.get(config.text("model_type", default="")) if not names else None
+    if unnamed is not None:
+        names = (unnamed,)
+        config = config.with_defaults({"architectures": [unnamed]})
     if not names:
         raise ConfigError(
             "config.json lacks 'architectures'",
