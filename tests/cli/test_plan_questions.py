@@ -121,6 +121,35 @@ def test_explain_all() -> None:
     assert "cuda_graphs" in names
 
 
+def test_explain_as_data() -> None:
+    done = tightfit("plan", LLAMA, "--explain", "weights", "--json")
+    (one,) = json.loads(done.stdout)["explain"]
+    assert one["planned_bytes"] == sum(part["nbytes"] for part in one["parts"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep", "tp=1", "--advise"], "--sweep and --advise cannot be answered together"),
+        (["--sweep", "tp=1", "--fit"], "--sweep and --fit cannot be answered together"),
+        (["--explain", "all", "--emit", "vllm"], "--explain and --emit cannot be answered"),
+    ],
+)
+def test_questions_that_exclude_each_other(flags: list[str], message: str) -> None:
+    done = tightfit("plan", LLAMA, "--gpu", "h100", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+
+
+def test_the_catalogue() -> None:
+    done = tightfit("plan", "--gpu", "list")
+    assert ["h100-80gb", "79.18", "as", "logged"] in [
+        line.split() for line in done.stdout.splitlines()
+    ]
+    gpus = json.loads(tightfit("plan", "--gpu", "list", "--json").stdout)["gpus"]
+    assert len(gpus) > 50
+
+
 def test_from_command_and_yaml(tmp_path: Path) -> None:
     line = f"vllm serve {LLAMA} -tp 2 --max-model-len 16k --max-num-seqs 32"
     done = tightfit("plan", "--from-command", line, "--gpu", "h100", "-tp", "4", "--json")

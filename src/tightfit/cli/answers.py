@@ -11,10 +11,11 @@ from tightfit.cli.output import console, print_json, until_closed
 from tightfit.errors import ExitCode
 from tightfit.planner.api import OpenedModel
 from tightfit.planner.options import PlanOptions
-from tightfit.planner.plan import Plan
+from tightfit.planner.plan import SCHEMA, Plan
 
 if TYPE_CHECKING:
     from tightfit.planner.fit import Fitted
+    from tightfit.planner.sweep import Point
     from tightfit.planner.vllm_log import VLLMLog
 
 
@@ -97,11 +98,21 @@ class Answers:
         else:
             self._data(result.to_json(), found)
         if self.report is not None:
-            from tightfit.cli.report import write_report
-
-            write_report([plan.to_json() for plan in plans], self.report)
+            self._report_sweep(result.points, self.report)
         good = any(plan.verdict.fits is not False for plan in plans)
         return ExitCode.OK if good else ExitCode.FINDING
+
+    def _report_sweep(self, points: "Sequence[Point]", path: Path) -> None:
+        from tightfit.cli.report import write_report
+        from tightfit.planner.fit_map import map_plan
+
+        documents, grids = [], []
+        for point in points:
+            if point.plan is not None and point.planned is not None:
+                documents.append(point.plan.to_json())
+                grid = map_plan(self.opened.spec, point.planned, point.plan)
+                grids.append(None if grid is None else grid.to_json())
+        write_report(documents, path, grid=grids)
 
     def _data(self, document: dict[str, Any], found: Sequence[Finding]) -> None:
         """Anything but the human view, to stdout or to a file."""
@@ -131,7 +142,11 @@ class Answers:
         from tightfit.planner.explain import explain, explanation_lines
 
         parallel = engine(options).parallel(options)
-        for line in explanation_lines(explain(plan, self.opened.spec, parallel, name)):
+        found = explain(plan, self.opened.spec, parallel, name)
+        if self.form == "json":
+            print_json({"schema": SCHEMA, "explain": [one.to_json() for one in found]})
+            return
+        for line in explanation_lines(found):
             print(line)
 
 

@@ -1,6 +1,7 @@
 """`tightfit plan`: what a model will need, line by line, before renting anything."""
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ from tightfit.cli.output import console, guarded, note, print_json, warn
 from tightfit.cli.plan_request import read_request
 from tightfit.cli.shards import read_shards
 from tightfit.cli.shards import tensor_parallel_size as shard_size
+from tightfit.errors import UsageError
 from tightfit.planner.api import open_model
+from tightfit.planner.plan import SCHEMA
 
 _QUESTIONS = "Questions"
 _CI = "For CI"
@@ -141,8 +144,16 @@ def plan(
     if diff is not None:
         _compare(diff, as_json=as_json)
         return
+    if asked["gpu"] == "list":
+        _catalogue(as_json=as_json)
+        return
     if model is None and from_command is None and config is None and from_log is None:
         context.fail("Missing argument 'MODEL'.")
+    alone = {"--sweep": sweep, "--explain": explain, "--emit": emit}
+    _refuse_together(
+        {name: bool(value) for name, value in alone.items()},
+        {"--fit": fit and bool(sweep), "--advise": advise, "--from-log": from_log is not None},
+    )
     form, file = read_output("json" if as_json else output)
     threshold = None if fail_under_headroom is None else read_threshold(fail_under_headroom)
     if report is not None:
@@ -200,6 +211,27 @@ def plan(
 
         note(remember(result, request.log, from_log))
     raise typer.Exit(code)
+
+
+def _refuse_together(alone: Mapping[str, bool], others: Mapping[str, bool]) -> None:
+    """Some questions have an answer of their own, beside which no other can be printed."""
+    given = [name for name, value in alone.items() if value]
+    more = given[1:] + [name for name, value in others.items() if value]
+    if given and more:
+        raise UsageError(
+            f"{given[0]} and {more[0]} cannot be answered together", hint="ask one after the other"
+        )
+
+
+def _catalogue(*, as_json: bool) -> None:
+    from tightfit.planner.devices import CATALOGUE
+
+    if as_json:
+        print_json({"schema": SCHEMA, "gpus": [asdict(one) for one in CATALOGUE.values()]})
+        return
+    from tightfit.cli.tables import render_catalogue
+
+    render_catalogue(list(CATALOGUE.values()), console())
 
 
 def _compare(paths: tuple[Path, Path], *, as_json: bool) -> None:

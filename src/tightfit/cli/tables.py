@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tightfit.planner.devices import Device
 from tightfit.planner.diff import Change, Difference
 from tightfit.planner.fit import Fitted
 from tightfit.planner.headroom import spare_bytes
@@ -116,6 +117,18 @@ def render_fitted(fitted: Fitted, console: Console) -> None:
     if more > 0:
         console.print(Text(f"and {more} larger ones (--json lists all)", style="dim"))
     console.print()
+
+
+def render_catalogue(devices: Sequence[Device], console: Console) -> None:
+    """Names and totals."""
+    table = _plain()
+    table.add_column("--gpu")
+    table.add_column("GiB", justify="right")
+    table.add_column("total", style="dim")
+    for one in devices:
+        words = "as logged" if one.logged else "derived from its kin"
+        table.add_row(one.name, f"{one.total_bytes / GiB:.2f}", words)
+    console.print(table)
 
 
 def render_difference(difference: Difference, console: Console) -> None:

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from tightfit.errors import UsageError
 from tightfit.model.layout import Parallel, Rank
@@ -41,6 +42,14 @@ class Explanation:
     component: Component
     ranks: tuple[int, ...]
     parts: tuple[Part, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The explanation in schema 1."""
+        return {
+            **self.component.to_json(),
+            "ranks": list(self.ranks),
+            "parts": [asdict(part) for part in self.parts],
+        }
 
 
 def explain(plan: Plan, spec: ModelSpec, parallel: Parallel, name: str) -> list[Explanation]:

@@ -31,6 +31,8 @@ class Point:
 
     options: Mapping[str, Any]
     plan: Plan | None
+    planned: PlanOptions | None
+    """All options of the plan."""
     error: TightfitError | None
 
     def to_json(self) -> dict[str, Any]:
@@ -132,9 +134,10 @@ def sweep(
     for values in product(*(axis.values for axis in axes)):
         options = dict(zip(names, values, strict=True))
         try:
-            plan = replan(plan_options(fixed | options))
+            planned = plan_options(fixed | options)
+            plan = replan(planned)
         except TightfitError as error:
-            points.append(Point(options=options, plan=None, error=error))
+            points.append(Point(options=options, plan=None, planned=None, error=error))
         else:
-            points.append(Point(options=options, plan=plan, error=None))
+            points.append(Point(options=options, plan=plan, planned=planned, error=None))
     return Sweep(axes=axes, points=tuple(points))

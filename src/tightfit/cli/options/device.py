@@ -10,7 +10,7 @@ Gpu = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="A GPU of the catalogue by any clear name: h100, rtx4090.",
+        help="A GPU of the catalogue by any clear name: h100, rtx4090; `list` lists them.",
         show_default=False,
     ),
 ]
