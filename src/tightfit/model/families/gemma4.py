@@ -104,7 +104,7 @@ def _text(config: Config) -> ModelSpec:
 
 
 def unused_keys(first: int, last: int) -> tuple[str, ...]:
-    """Patterns of keys and values of layers that share those of others: the first files have them."""
+    """Patterns of keys and values that checkpoints hold for layers which use those of others."""
     layers = "|".join(map(str, range(first, last)))
     return (rf"\.layers\.({layers})\.self_attn\.(k_proj|v_proj|k_norm)\.",) if layers else ()
 

@@ -104,12 +104,11 @@ class Conformer:
 
 def conformer4(config: Config, text_hidden_size: int) -> Tower:
     """Gemma 4's, from an `audio_config`; 750 embeddings of 40 ms at most."""
-    channels = config.integers("subsampling_conv_channels") or (128, 32)
     model = Conformer(
         hidden_size=config.integer("hidden_size", default=1024),
         num_layers=config.integer("num_hidden_layers", default=12, maximum=1000),
         num_heads=config.integer("num_attention_heads", default=8),
-        channels=_pair(config, channels),
+        channels=channel_pair(config, "subsampling_conv_channels"),
         kernel=config.integer("conv_kernel_size", default=5),
         linear=".linear",
     )
@@ -140,10 +139,16 @@ def conformer4(config: Config, text_hidden_size: int) -> Tower:
     return model.tower(weights, 750, text_hidden_size)
 
 
-def _pair(config: Config, channels: tuple[int, ...]) -> tuple[int, int]:
+def channel_pair(config: Config, key: str) -> tuple[int, int]:
+    """The channels of the two convolutions.
+
+    Raises:
+        ConfigError: there are not two.
+    """
+    channels = config.integers(key) or (128, 32)
     if len(channels) != 2 or min(channels) < 1:
         raise ConfigError(
-            f"{config.name} has {len(channels)} convolutions, where there should be two",
+            f"{config.name} has {key} = {channels!r}, which should be two positive numbers",
             hint="correct the config.json",
         )
     return channels[0], channels[1]
