@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.planner.advice import advise
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.options import PlanOptions
-from tightfit.planner.plan import Advice, Plan
+from tightfit.planner.plan import Advice, Component, Plan
 from tightfit.planner.spelling import plan_options
 from tightfit.units import GiB
 
@@ -125,3 +126,27 @@ def test_every_model_gets_advice(model: str) -> None:
     except UnsupportedModelError as error:
         pytest.skip(error.message)
     assert found
+
+
+def test_an_encoder_and_the_host() -> None:
+    """Until an engine has them: a plan with both, and what helps them."""
+    encoder = Component(name="vision_encoder", planned_bytes=GiB, origin="derived", formula="x")
+    cache = Component(name="mm_processor_cache", planned_bytes=4 * GiB, origin="exact", formula="x")
+
+    def replan(options: PlanOptions) -> Plan:
+        plan = make_plan(read_spec("Llama-3.1-8B"), options, name="x")
+        limit = options.limit_mm_per_prompt.get("video", 1) == 0
+        share = 0 if options.language_model_only else 2 if limit else 1
+        rank = plan.ranks[0]
+        part = replace(encoder, planned_bytes=share and GiB // share)
+        rank = replace(rank, components=(*rank.components, part))
+        held = options.mm_processor_cache_gb != 0
+        return replace(plan, ranks=(rank,), host=(cache,) if held else ())
+
+    options = plan_options({"gpu": "h100"})
+    found = {one.change: one for one in advise(replan(options), options, replan)}
+    assert found["--language-model-only"].saves_bytes == GiB
+    limit = """--limit-mm-per-prompt '{"image": 1, "video": 0}'"""
+    assert found[limit].saves_bytes == GiB // 2
+    assert list(found)[-1] == "--mm-processor-cache-gb 0"
+    assert found["--mm-processor-cache-gb 0"].saves_bytes == 4 * GiB
