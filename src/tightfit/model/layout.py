@@ -120,6 +120,8 @@ class Axis:
     to data parallelism when their heads cannot be dealt."""
     block: int = 1
     """So many rows of the units are one row here: the scales or the words of quantized weights."""
+    local_blocks: bool = False
+    """Blocks begin anew on every rank: scales that an engine computes after cutting."""
     padded: int = 0
     """Shares are multiples of this, and the last ones are filled with zeros: MXFP4 experts."""
 
@@ -163,6 +165,8 @@ class Axis:
                 f"tensor parallel size {ranks} does not divide {self.label} = {self.units}"
             )
         first, rows = share[0] * self.unit_rows, share[1] * self.unit_rows
+        if self.local_blocks:
+            return first // self.block, cdiv(rows, self.block)
         if first % self.block or (rows % self.block and first + rows < total):
             raise LayoutError(
                 f"tensor parallel size {ranks} does not divide {self.label} = {total} into whole "

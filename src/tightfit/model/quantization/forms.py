@@ -31,6 +31,8 @@ class Form:
     count: int = 1
     ragged: bool = False
     """The last block may be smaller."""
+    local: bool = False
+    """Computed by the engine from what a rank holds, so that any block may be smaller."""
     transposed: bool = False
     """Stored and held as `[columns, rows]`."""
     nested: int = 0
@@ -74,7 +76,7 @@ def loaded(weight: Weight, forms: Forms) -> Iterator[Weight]:
 
 def _check_fused(weight: Weight, form: Form) -> None:
     """Only the last part of a fused matrix may end in a smaller block (vLLM's `fp8_utils.py`)."""
-    for part in weight.parts[:-1] if form.ragged and form.rows else ():
+    for part in weight.parts[:-1] if form.ragged and form.rows and not form.local else ():
         if part.rows % form.rows:
             raise LayoutError(
                 f"{tail(weight)} fuses a matrix of {part.rows} outputs with others, and blocks of "
@@ -110,7 +112,9 @@ def _tensor(weight: Weight, form: Form) -> Weight:
         parts=parts,
         columns=count,
         cut=Cut.NONE if whole else weight.cut,
-        input_axis=None if whole or not columns else _blocked(weight.input_axis, columns, weight),
+        input_axis=None
+        if whole or not columns
+        else _blocked(weight.input_axis, columns, form, weight),
         transposed=form.transposed and columns is not None,
         linear=False,
         optional=form.optional,
@@ -135,16 +139,17 @@ def _part(part: Part, form: Form, weight: Weight) -> Part:
         part,
         source=source,
         rows=cdiv(part.rows, form.rows),
-        axis=_blocked(part.axis, form.rows, weight),
+        axis=_blocked(part.axis, form.rows, form, weight),
         first_row=part.first_row // form.rows,
         source_rows=cdiv(part.source_rows, form.rows),
     )
 
 
-def _blocked(axis: Axis | None, block: int, weight: Weight) -> Axis | None:
+def _blocked(axis: Axis | None, block: int, form: Form, weight: Weight) -> Axis | None:
     if axis is None or block == 1:
         return axis
-    return axis.in_blocks(block, f"{axis.label} of {tail(weight)}")
+    blocks = axis.in_blocks(block, f"{axis.label} of {tail(weight)}")
+    return replace(blocks, local_blocks=form.local)
 
 
 def tail(weight: Weight) -> str:

@@ -50,6 +50,9 @@ def read_quantization(config: Config, spec: ModelSpec) -> ModelSpec:
         ConfigError: the section is malformed.
         UnsupportedModelError: a method whose tensors are not modelled.
     """
+    if spec.quantization is not None:
+        # A family of a scheme of its own has read it: DeepSeek V4.
+        return spec
     text = config.section("text_config")
     section = config.section("quantization_config") or config.section("compression_config")
     if section is None and text is not None:

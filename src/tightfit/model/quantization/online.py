@@ -1,0 +1,203 @@
+"""Quantize a model that is not quantized yet: in an engine while it loads, or by `quantize`.
+
+vLLM's names are those of its `--quantization` (`vllm/config/quantization.py`,
+`model_executor/layers/quantization/online/`); what a rank has loaded is quantized layer by layer,
+and the checkpoint stays as it is. The names of `tightfit quantize` describe a checkpoint that it
+would write, in the compressed-tensors format.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from tightfit.errors import UsageError
+from tightfit.model.blocks.base import Place
+from tightfit.model.cache import StateCache
+from tightfit.model.layout import Parallel, Rank, Weight
+from tightfit.model.quantization import compressed_tensors, schemes
+from tightfit.model.quantization.base import Quantization
+from tightfit.model.quantization.forms import Form, Forms
+from tightfit.model.quantization.matching import Names
+from tightfit.model.quantization.recipe import Recipe, Rule
+from tightfit.model.spec import ModelSpec
+
+GROUP_SIZE = 128
+"""Inputs that share a scale in the 4-bit integer schemes, unless the user says otherwise."""
+
+
+def _scale(kind: str, **fields: int | bool | None) -> Form:
+    return replace(Form(kind=kind, dtype="F32"), **fields)  # type: ignore[arg-type]
+
+
+_ONLINE_FP8 = Form(kind="weight", dtype=schemes.FP8)
+_PER_TENSOR: Forms = (_ONLINE_FP8, _scale("weight_scale", rows=0, columns=None, shared=True))
+_PER_CHANNEL: Forms = (_ONLINE_FP8, _scale("weight_scale", columns=0))
+_PER_BLOCK: Forms = (
+    _ONLINE_FP8,
+    _scale("weight_scale_inv", rows=128, columns=128, ragged=True, local=True),
+)
+_NVFP4_EXPERTS: Forms = (
+    Form(kind="weight", dtype="U8", columns=2),
+    Form(kind="weight_scale", dtype=schemes.FP8, columns=16),
+    _scale("weight_scale_2", rows=0, columns=None, shared=True),
+    _scale("input_scale", rows=0, columns=None, shared=True),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Online:
+    """What vLLM makes of linear layers and experts."""
+
+    forms: Forms
+    experts_only: bool = False
+    padded_experts: int = 0
+
+
+ONLINE: Mapping[str, _Online] = {
+    "fp8": _Online(forms=_PER_TENSOR),
+    "fp8_per_tensor": _Online(forms=_PER_TENSOR),
+    "fp8_per_channel": _Online(forms=_PER_CHANNEL),
+    "fp8_per_block": _Online(forms=_PER_BLOCK, padded_experts=128),
+    "int8_per_channel_weight_only": _Online(forms=schemes.int8_experts(), experts_only=True),
+    "experts_int8": _Online(forms=schemes.int8_experts(), experts_only=True),
+    "nvfp4_per_token": _Online(forms=_NVFP4_EXPERTS, experts_only=True),
+}
+"""vLLM's names, except those that mean the same as a scheme of `quantize`."""
+
+_Maker = Callable[[int | None], Forms]
+
+SCHEMES: Mapping[str, _Maker] = {
+    "fp8-tensor": lambda _: schemes.per_tensor(schemes.FP8, static=False, scale_dtype=None),
+    "fp8-channel": lambda _: schemes.per_channel(schemes.FP8, static=False),
+    "fp8-block": lambda _: schemes.fp8_block(128, 128, scale="weight_scale", dtype=None),
+    "int8": lambda _: schemes.per_channel("I8", static=False),
+    "w8a16": lambda size: schemes.pack_quantized(8, size, symmetric=True),
+    "w4a16": lambda size: schemes.pack_quantized(4, size or GROUP_SIZE, symmetric=True),
+    "w4a16-asym": lambda size: schemes.pack_quantized(4, size or GROUP_SIZE, symmetric=False),
+    "nvfp4": lambda _: schemes.nvfp4(activations=True),
+    "nvfp4a16": lambda _: schemes.nvfp4(activations=False),
+    "mxfp4": lambda _: schemes.mxfp4(),
+    "mxfp8": lambda _: schemes.mxfp8(),
+}
+"""The schemes of `quantize`: the group size, None for the default, -> what stands for a weight."""
+
+_GROUPED = ("w8a16", "w4a16", "w4a16-asym")
+
+# What a checkpoint's method is called when a user names it as well.
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "auto_awq": ("awq",),
+    "auto_gptq": ("gptq",),
+    "awq": ("awq",),
+    "awq_marlin": ("awq",),
+    "compressed-tensors": ("compressed-tensors",),
+    "fbgemm_fp8": ("fbgemm_fp8",),
+    "fp8": ("fp8",),
+    "gpt_oss_mxfp4": ("mxfp4",),
+    "gptq": ("gptq",),
+    "gptq_marlin": ("gptq",),
+    "modelopt": ("modelopt",),
+    "modelopt_fp4": ("modelopt",),
+    "modelopt_mixed": ("modelopt",),
+    "modelopt_mxfp8": ("modelopt",),
+    "moe_wna16": ("gptq", "awq"),
+    "mxfp4": ("mxfp4",),
+    "mxfp8": ("modelopt",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OnlineQuantization(Quantization):
+    """What an engine quantizes while it loads; the checkpoint is not quantized."""
+
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """vLLM's name."""
+        return self.recipe.name
+
+    def apply(self, weight: Weight) -> Iterator[Weight]:
+        """The weight as it is."""
+        yield weight
+
+    def loaded(self, weight: Weight) -> Iterator[Weight]:
+        """What the engine makes of it."""
+        return self.recipe.loaded(weight)
+
+    def fitted(self, weights: Iterable[Weight], parallel: Parallel) -> "OnlineQuantization":
+        """Nothing to adapt: scales are computed from what a rank holds."""
+        return self
+
+
+def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None) -> ModelSpec:
+    """The model as `--quantization SCHEME` makes it.
+
+    Embeddings, output layer, routers, norms and towers stay as they are; so do layers with a state
+    and what stands beside mixers and MLPs, in the schemes of `quantize`. Naming the method that the
+    checkpoint has already changes nothing.
+
+    Args:
+        spec: the model.
+        scheme: one of `ONLINE` or `SCHEMES`, or the checkpoint's own method.
+        group_size: inputs that share a scale, for the integer schemes of `quantize`.
+
+    Raises:
+        UsageError: no such scheme, a group size where there are none, or a model that is quantized
+            already by another method.
+    """
+    if spec.quantization is not None:
+        if spec.quantization.name.partition(" ")[0] in _METHODS.get(scheme, ()):
+            return spec
+        raise UsageError(
+            f"--quantization {scheme}, and the checkpoint is quantized already: "
+            f"{spec.quantization.name}",
+            hint="leave --quantization out, or give the unquantized model",
+        )
+    if group_size is not None and (scheme not in _GROUPED or group_size < 1):
+        raise UsageError(
+            f"a group size of {group_size} with --quantization {scheme}",
+            hint="group sizes of 1 and more belong to " + ", ".join(_GROUPED),
+        )
+    if scheme in ONLINE:
+        online = ONLINE[scheme]
+        recipe = Recipe(
+            name=scheme,
+            rules=(Rule(forms=online.forms, everything=True),),
+            layers_only=True,
+            experts_only=online.experts_only,
+            padded_experts=online.padded_experts,
+        )
+        return replace(spec, quantization=OnlineQuantization(recipe=recipe))
+    return replace(spec, quantization=scheme_recipe(spec, scheme, group_size=group_size))
+
+
+def scheme_recipe(spec: ModelSpec, scheme: str, *, group_size: int | None = None) -> Recipe:
+    """What `quantize --scheme SCHEME` writes for a model.
+
+    Raises:
+        UsageError: no such scheme.
+    """
+    if scheme not in SCHEMES:
+        raise UsageError(
+            f"unknown --quantization {scheme!r}",
+            hint="vLLM's: " + ", ".join(ONLINE) + "; of `tightfit quantize`: " + ", ".join(SCHEMES),
+        )
+    return Recipe(
+        name=scheme,
+        rules=(Rule(forms=SCHEMES[scheme](group_size), everything=True),),
+        ignored=Names(exact=_kept(spec)),
+        layers_only=True,
+        placeholders=compressed_tensors.PLACEHOLDERS,
+    )
+
+
+def _kept(spec: ModelSpec) -> Iterator[str]:
+    """Modules of mixers that keep a state, and of a layer's extras."""
+    for i, layer in enumerate(spec.layers):
+        place = Place(prefix=f"{spec.names.layers}.{i}", where=i, hidden_size=spec.hidden_size)
+        states = (
+            m for m in layer.mixers if any(isinstance(c, StateCache) for c in m.caches(Rank()))
+        )
+        for block in (*states, *layer.extras):
+            for weight in block.weights(place):
+                for part in weight.parts:
+                    yield part.source.removesuffix(".weight").replace("{expert}", "0")
