@@ -22,6 +22,7 @@ _DTYPES = {
     "float32": "F32",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64",
 }
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}

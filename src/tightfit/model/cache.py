@@ -20,6 +20,8 @@ class CacheKind(Enum):
     """The compressed keys and values of MLA, the same on every rank."""
     INDEXER = "indexer"
     """Keys by which sparse attention chooses tokens, one row for all heads."""
+    PARTIAL = "partial"
+    """Sums of tokens that do not make a row yet, where attention compresses: DeepSeek V4."""
     CROSS = "cross"
     """Keys and values of an encoder's output."""
 
@@ -38,6 +40,10 @@ class TokenCache:
     """Attention sees only its own chunk of so many tokens: Llama 4."""
     dtype: str | None = None
     """A dtype of its own, whatever the rest of the cache has."""
+    tokens_per_row: int = 1
+    """Tokens that one row stands for, where attention compresses: DeepSeek V4."""
+    block_size: int | None = None
+    """Tokens of a block, where the engine leaves no choice."""
 
     @property
     def elements_per_token(self) -> int:
