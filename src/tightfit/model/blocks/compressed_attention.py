@@ -26,6 +26,7 @@ OVERLAPPING = 4
 """The ratio whose rows overlap and are chosen by an indexer; others are all seen."""
 _PACKED_ROW = 584
 """Bytes of a row in vLLM's `fp8_ds_mla`: 448 of fp8, 64 bfloat16 that are rotated, 8 of scales."""
+_INDEX_SCALE = 4
 _WINDOW_BLOCK = 64
 _PARTIAL_BLOCKS = {4: 4, 128: 8}
 
@@ -144,36 +145,33 @@ class CompressedAttention(Mixer):
         rows has `head_dim` features of the cache's dtype in place of 584 bytes.
         """
         self._check(rank)
-        row = TokenCache(kind=CacheKind.LATENT, slots=1, key_size=_PACKED_ROW, dtype="U8")
         found = [
             TokenCache(
                 kind=CacheKind.LATENT,
                 slots=1,
-                key_size=row.key_size,
+                key_size=_PACKED_ROW,
                 window=self.window,
-                dtype=row.dtype,
+                dtype="U8",
                 block_size=_WINDOW_BLOCK,
             )
         ]
-        for compressor in (self.compressor, self.index and self.index.compressor):
-            if compressor is None:
-                continue
-            own = compressor is self.compressor
-            found += (
-                TokenCache(
-                    kind=CacheKind.LATENT if own else CacheKind.INDEXER,
-                    slots=1,
-                    key_size=_PACKED_ROW if own else compressor.head_dim + 4,
-                    dtype="U8",
-                    tokens_per_row=compressor.ratio,
-                ),
-                compressor.state(),
-            )
+        if self.compressor is not None:
+            found += _rows(self.compressor, CacheKind.LATENT, _PACKED_ROW)
+        if self.index is not None:
+            own = self.index.compressor
+            found += _rows(own, CacheKind.INDEXER, own.head_dim + _INDEX_SCALE)
         return tuple(found)
 
     def _check(self, rank: Rank) -> None:
         Axis(label="num_attention_heads", units=self.num_heads).span(rank)
         Axis(label="o_groups", units=self.o_groups).span(rank)
+
+
+def _rows(compressor: Compressor, kind: CacheKind, size: int) -> tuple[TokenCache, ...]:
+    """What a compressor has finished, and what it has not."""
+    ratio = compressor.ratio
+    rows = TokenCache(kind=kind, slots=1, key_size=size, dtype="U8", tokens_per_row=ratio)
+    return rows, compressor.state()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
