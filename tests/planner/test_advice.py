@@ -82,6 +82,7 @@ def test_a_pool_that_is_too_large() -> None:
         "Llama-3.1-8B", gpu="h100", max_model_len=8192, kv_cache_memory_bytes="63GiB"
     )
     assert found["no --kv-cache-memory-bytes"].fits is True
+    assert by_flag(found, "--kv-cache-memory-bytes").fits is True
 
 
 def test_a_fitted_length_is_kept() -> None:

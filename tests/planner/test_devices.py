@@ -57,6 +57,12 @@ def test_before_bfloat16() -> None:
     }
 
 
+def test_every_nvidia_device_has_a_capability() -> None:
+    for one in CATALOGUE.values():
+        assert (one.capability is not None) == (one.kind == "cuda"), one.name
+    assert CATALOGUE["h100-nvl-94gb"].capability == (9, 0)
+
+
 def test_by_size() -> None:
     found = device(None, "24GiB")
     assert found is not None

@@ -23,8 +23,13 @@ class Device:
     kind: str = "cuda"
     logged: bool = True
     """Whether the total was seen in a log; otherwise it is derived."""
-    bfloat16: bool = True
-    """Whether it computes in bfloat16 (CUDA: compute capability 8.0 and up)."""
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability, where it is known."""
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether it computes in bfloat16."""
+        return self.capability is None or self.capability >= (8, 0)
 
 
 _LOGGED = {
@@ -90,10 +95,23 @@ _ROCM_DERIVED = {
     "mi325x-256gb": 255.98,
     "mi350x-288gb": 287.98,
 }
-_BEFORE_BFLOAT16 = ("t4", "v100", "rtx2080ti")
+_CAPABILITIES: Mapping[tuple[int, int], str] = {
+    (7, 0): "v100",
+    (7, 5): "t4 rtx2080ti",
+    (8, 0): "a100 a30",
+    (8, 6): "a10 a10g a40 rtx3060 rtx3080 rtx3090 rtxa4000 rtxa5000 rtxa6000",
+    (8, 9): "l4 l40 l40s rtx4060ti rtx4070 rtx4080 rtx4090 rtx4000ada rtx5000ada rtx6000ada",
+    (9, 0): "h20 h100 h200 h800 gh200",
+    (10, 0): "b200 gb200",
+    (10, 3): "b300",
+    (12, 0): "rtx5060ti rtx5070ti rtx5080 rtx5090 rtxpro5000 rtxpro6000",
+    (12, 1): "gb10",
+}
+"""By the first part of a name (NVIDIA's table of CUDA GPUs)."""
 
 
 def _devices() -> Iterator[Device]:
+    capabilities = {name: one for one, names in _CAPABILITIES.items() for name in names.split()}
     for totals, kind, logged in (
         (_LOGGED, "cuda", True),
         (_DERIVED, "cuda", False),
@@ -106,7 +124,7 @@ def _devices() -> Iterator[Device]:
                 total_bytes=int(gib * GiB),
                 kind=kind,
                 logged=logged,
-                bfloat16=name.split("-")[0] not in _BEFORE_BFLOAT16,
+                capability=capabilities.get(name.split("-")[0]),
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from tightfit.planner.devices import CATALOGUE
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
-from tightfit.units import GiB, cdiv
+from tightfit.units import GiB, MiB, cdiv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def remedies(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterator[
     yield from _multimodal(plan, options)
     yield from _lora(options)
     yield from _elsewhere(plan, options, shortage_bytes)
-    yield from _larger_share(plan, options)
+    yield from _other_pool(plan, options, shortage_bytes)
 
 
 def _more_devices(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
@@ -97,7 +97,7 @@ def _smaller_numbers(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
             costs="half the bits of float32 everywhere",
             steps=(Step(change="--dtype bfloat16", options={"dtype": "bfloat16"}),),
         )
-    if not plan.kv_cache.dtype.startswith("F8"):
+    if plan.kv_cache.dtype in ("BF16", "F16", "F32"):
         yield Remedy(
             costs="keys and values of 8 bits: a little accuracy, and fewer attention kernels",
             steps=(Step(change="--kv-cache-dtype fp8", options={"kv_cache_dtype": "fp8"}),),
@@ -265,8 +265,16 @@ def _elsewhere(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterato
     )
 
 
-def _larger_share(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
-    if options.kv_cache_memory_bytes is not None:
+def _other_pool(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterator[Remedy]:
+    given = options.kv_cache_memory_bytes
+    if given is not None:
+        smaller = (given - shortage_bytes) // MiB * MiB
+        if 0 < smaller < given:
+            step = Step(
+                change=f"--kv-cache-memory-bytes {smaller}",
+                options={"kv_cache_memory_bytes": smaller},
+            )
+            yield Remedy(costs="fewer tokens in the KV cache", steps=(step,))
         step = Step(change="no --kv-cache-memory-bytes", options={"kv_cache_memory_bytes": None})
         yield Remedy(costs="the KV cache is what the budget leaves", steps=(step,))
         return
