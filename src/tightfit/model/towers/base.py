@@ -85,10 +85,18 @@ class Tower:
     """Its MLPs have a gate."""
     rotary: bool = False
     """Queries and keys are rotated, which needs copies of both."""
+    copies: int = 0
+    """More copies of all heads' features that vLLM's code makes during attention."""
+    held: int = 0
+    """Features per position that stay beside the layers: positions that were added."""
+    mergers: int = 1
+    """Projectors whose outputs lie side by side in `output_size`: deepstack."""
     unbuilt: frozenset[str] = frozenset()
     """Names of weights that checkpoints hold and vLLM leaves out, such as unused last layers."""
     most_items: Mapping[str, int] = field(default_factory=dict)
     """Items per prompt beyond which the model does not go; absent where there is no bound."""
+    data_parallel: bool = False
+    """vLLM can replicate it and deal the items to ranks: `mm_encoder_tp_mode="data"`."""
     profiled: bool = True
     """vLLM runs it to measure its memory; encoders of speech models run as part of a step."""
 

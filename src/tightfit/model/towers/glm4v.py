@@ -129,7 +129,10 @@ def glm4v_tower(config: Config, prefix: str = "model.visual") -> Tower:
         output_size=out,
         gated=True,
         rotary=True,
+        copies=1,
+        held=hidden,
         most_items={"video": 1},
+        data_parallel=True,
     )
 
 

@@ -187,7 +187,7 @@ def internvl_chat_tower(config: Config, text_hidden_size: int, *, has_video: boo
         thumbnail=config.boolean("use_thumbnail"),
     )
     tower = _tower(layers, weights, media, text_hidden_size)
-    return replace(tower, num_layers=used, unbuilt=frozenset(late))
+    return replace(tower, num_layers=used, unbuilt=frozenset(late), data_parallel=True)
 
 
 def internvl_tower(config: Config, text_hidden_size: int) -> Tower:

@@ -156,6 +156,7 @@ def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False)
         head_dim=attention.head_dim,
         num_layers=layers.num_layers,
         output_size=text_hidden_size,
+        data_parallel=True,
     )
 
 

@@ -5,6 +5,7 @@ Sources: vLLM's `qwen2_vl.py`, `qwen2_5_vl.py`, `qwen3_vl.py`.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tightfit.errors import ConfigError
@@ -125,7 +126,8 @@ def qwen3_tower(
         ),
     )
     media = Qwen3Media(grid=grid(vision))
-    return _tower(layers, weights, media, out * (1 + len(deep)))
+    tower = _tower(layers, weights, media, out * (1 + len(deep)))
+    return replace(tower, mergers=1 + len(deep), held=hidden)
 
 
 def grid(vision: Config) -> QwenGrid:
@@ -220,4 +222,5 @@ def _tower(layers: VisionLayers, weights: tuple[Weight, ...], media: Media, out:
         output_size=out,
         gated=layers.mlp.gated,
         rotary=True,
+        data_parallel=True,
     )
