@@ -25,12 +25,14 @@ _DTYPES = {
     "int64": "I64",
 }
 
-_ALIASES = {"kimi_k2": "deepseek_v3"}
+_ALIASES = {"kimi_k2": "deepseek_v3", "minimax_m3": "minimax_m3_vl_text"}
 """Model types of vLLM's own config classes that transformers has under another name."""
 _BUFFERS = ("e_score_correction_bias", "expert_bias", "tid2eid")
 """Of checkpoints, which transformers keeps as buffers and engines as parameters."""
 _CLASSES = {
     "KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration",
+    "MiniMaxM3ForCausalLM": "MiniMaxM3VLForCausalLM",
+    "MiniMaxM3SparseForCausalLM": "MiniMaxM3VLForCausalLM",
     "PhiMoEForCausalLM": "PhimoeForCausalLM",
 }
 """Architectures that the Hub spells otherwise than transformers."""

@@ -8,7 +8,7 @@ from support.configs import read_config, read_spec
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.blocks.attention import Attention
 from tightfit.model.blocks.mlp import MoE
-from tightfit.model.cache import TokenCache
+from tightfit.model.cache import CacheKind, TokenCache
 from tightfit.model.config import Config
 from tightfit.model.families import model_spec, text_spec
 from tightfit.model.layout import Parallel, Rank, on_rank
@@ -146,3 +146,24 @@ def test_flags_that_are_not_modelled(name: str, changes: dict[str, Any], message
     with pytest.raises(UnsupportedModelError) as e:
         changed(name, **changes)
     assert e.value.message == message
+
+
+def test_minimax_m3_indexes_all_but_its_first_layers() -> None:
+    """Four KV heads of 128, and a bfloat16 key of 128 for all of them."""
+    spec = read_spec("MiniMax-M3")
+    first, last = (spec.layers[i].mixers[0].caches(rank(8)) for i in (0, -1))
+    assert [(c.slots, c.elements_per_token) for c in first if isinstance(c, TokenCache)] == [
+        (1, 2 * 128)
+    ]
+    assert [(c.kind, c.elements_per_token, c.dtype) for c in last if isinstance(c, TokenCache)] == [
+        (CacheKind.ATTENTION, 2 * 128, None),
+        (CacheKind.INDEXER, 128, "BF16"),
+    ]
+
+
+def test_minimax_m3_fuses_its_index_into_the_projection() -> None:
+    """vLLM's [q | k | v | index_q | index_k]: dealt, and a KV head's or the key's copy."""
+    shapes = {w.name: w.rank_shape(rank(8)) for w in parameters(read_spec("MiniMax-M3"))}
+    module = "model.layers.59.self_attn"
+    assert shapes[f"{module}.qkv_proj.weight"] == ((64 // 8 + 1 + 1 + 1 + 1) * 128, 6144)
+    assert shapes[f"{module}.index_k_norm.weight"] == (128,)
