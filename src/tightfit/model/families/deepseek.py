@@ -179,6 +179,8 @@ def _sparse(
 ) -> tuple[Mixer, ...]:
     """Layers with an indexer, and those that reuse the choice of the one before (IndexCache)."""
     assert attention.rope is not None
+    if attention.q_lora_rank is None:
+        raise UnsupportedModelError("an indexer without q_lora_rank is not modelled")
     topk = config.integer("index_topk", default=2048)
     interleaved = config.boolean("indexer_rope_interleave")
     indexer = Indexer(

@@ -78,13 +78,21 @@ def _sliding(config: Config) -> Attention:
     """Heads of its own, where the config has them."""
     full = _attention(config)
     head_dim = config.integer("swa_head_dim", default=full.head_dim)
+    heads = config.integer("swa_num_attention_heads", default=full.num_heads)
+    kv_heads = config.integer("swa_num_key_value_heads", default=full.num_kv_heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{config.name} has swa_num_attention_heads = {heads}, which is not a multiple of "
+            f"swa_num_key_value_heads = {kv_heads}",
+            hint="correct the config.json",
+        )
     theta = config.positive("swa_rope_theta", default=10_000.0)
     rope = _rope(config, "sliding_attention", 10_000.0)
     nested = config.section("rope_parameters")
     return replace(
         full,
-        num_heads=config.integer("swa_num_attention_heads", default=full.num_heads),
-        num_kv_heads=config.integer("swa_num_key_value_heads", default=full.num_kv_heads),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=config.integer("swa_v_head_dim", default=full.v_dim),
         scale=head_dim**-0.5,
