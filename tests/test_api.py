@@ -1,6 +1,8 @@
 import doctest
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +60,14 @@ def test_the_example_runs() -> None:
     assert lines["l4"].endswith(("sequences at once", "does not fit"))
 
 
-def test_the_workflow_uses_flags_that_exist() -> None:
+@pytest.mark.parametrize("file", ["examples/github-workflow.yml", "docs/questions.md"])
+def test_documents_name_flags_that_exist(file: str) -> None:
     from tightfit.cli.options import FLAGS
+    from tightfit.cli.plan import plan
 
-    text = (EXAMPLES / "github-workflow.yml").read_text()
-    used = {word for word in text.split() if word.startswith("--")}
-    own = {"--config", "--fail-under-headroom", "--output", "--report"}
-    assert used - own <= {"--" + name.replace("_", "-") for name in FLAGS}
-    assert own <= used
+    text = (EXAMPLES.parent / file).read_text()
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text))
+    own = {"--" + name.replace("_", "-") for name in inspect.signature(plan).parameters}
+    flags = {"--" + name.replace("_", "-") for name in FLAGS}
+    assert used <= own | flags | {"--json"}
+    assert len(used) > 5
