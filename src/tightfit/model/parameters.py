@@ -146,7 +146,8 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
 
     for tower in spec.towers:
         yield from tower.weights
-    yield table(names.embedding, Stage.BOTH_ENDS if tied else Stage.FIRST)
+    embedding = table(names.embedding, Stage.BOTH_ENDS if tied else Stage.FIRST)
+    yield whole(embedding) if spec.whole_embedding else embedding
     yield from spec.extras
     for i, layer in enumerate(spec.layers):
         place = Place(prefix=f"{names.layers}.{i}", where=i, hidden_size=spec.hidden_size)
@@ -163,6 +164,12 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
         part = Part(source=f"{names.head}.bias", rows=spec.vocab_size, axis=vocab)
         name = f"{names.head}.bias"
         yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=Stage.LAST)
+
+
+def whole(weight: Weight) -> Weight:
+    """The weight, uncut and without padding."""
+    parts = tuple(replace(part, axis=None) for part in weight.parts)
+    return replace(weight, cut=Cut.NONE, parts=parts, input_axis=None)
 
 
 def layer_norms(spec: ModelSpec, layer: Layer) -> tuple[str, ...]:

@@ -94,6 +94,8 @@ class ModelSpec:
     head_bias: bool = False
     has_lm_head_module: bool = True
     """vLLM's class has an `lm_head` even when it is tied; Gemma 2 has not."""
+    whole_embedding: bool = False
+    """vLLM holds the embedding whole and without padding on every rank: Whisper."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0

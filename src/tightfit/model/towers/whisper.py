@@ -1,0 +1,94 @@
+"""Whisper's encoder: two convolutions over mel frames, and a transformer (`models/whisper.py`)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tightfit.errors import ConfigError
+from tightfit.model.blocks.attention import Projections
+from tightfit.model.blocks.cross_attention import KeysWithoutBias
+from tightfit.model.blocks.linear import norm
+from tightfit.model.config import Config
+from tightfit.model.layout import Weight
+from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.vit import WHERE, VisionLayers, convolution, parameter, vision_mlp
+
+FRAMES_PER_POSITION = 2
+"""The second convolution halves the frames."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedClips(Media):
+    """Every clip is padded to the longest, 30 seconds."""
+
+    positions: int
+    mel_bins: int
+
+    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+        """The clip."""
+        inputs = self.positions * FRAMES_PER_POSITION * self.mel_bins
+        return (
+            Item(modality="audio", patches=self.positions, tokens=self.positions, inputs=inputs),
+        )
+
+
+def head_dim(config: Config, heads: int) -> int:
+    """Features of a head.
+
+    Raises:
+        ConfigError: the heads do not divide `d_model`.
+    """
+    hidden = config.integer("d_model")
+    if hidden % heads:
+        raise ConfigError(
+            f"{config.name} has d_model = {hidden}, which is not a multiple of {heads} heads",
+            hint="correct the config.json",
+        )
+    return hidden // heads
+
+
+def whisper_tower(config: Config) -> Tower:
+    """The encoder of a `WhisperForConditionalGeneration`."""
+    hidden, heads = config.integer("d_model"), config.integer("encoder_attention_heads")
+    size = head_dim(config, heads)
+    positions, mel_bins = config.integer("max_source_positions"), config.integer("num_mel_bins")
+    count = config.integer("encoder_layers", maximum=1000)
+    width = config.integer("encoder_ffn_dim")
+    layers = VisionLayers(
+        prefix="model.encoder.layers",
+        num_layers=count,
+        hidden_size=hidden,
+        attention=KeysWithoutBias(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=size,
+            rope=None,
+            scale=size**-0.5,
+            qkv_bias=True,
+            output_bias=True,
+            names=Projections(output="out_proj"),
+        ),
+        mlp=vision_mlp(width, config.text("activation_function"), module=""),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+    )
+
+    def weights() -> Iterator[Weight]:
+        at = "model.encoder"
+        yield from convolution(f"{at}.conv1", rows=hidden, kernel=(mel_bins, 3), bias=True)
+        yield from convolution(f"{at}.conv2", rows=hidden, kernel=(hidden, 3), bias=True)
+        yield parameter(f"{at}.embed_positions.weight", positions, hidden)
+        yield from layers.weights()
+        yield from norm(f"{at}.layer_norm", hidden, WHERE, bias=True)
+
+    return Tower(
+        modalities=("audio",),
+        weights=tuple(weights()),
+        media=PaddedClips(positions=positions, mel_bins=mel_bins),
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_heads=heads,
+        head_dim=size,
+        num_layers=count,
+        output_size=hidden,
+        most_items={"audio": 1},
+    )
