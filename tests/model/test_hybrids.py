@@ -322,3 +322,20 @@ def test_refusals(name: str, values: dict[str, Any], error: type[Exception], mes
     with pytest.raises(error) as e:
         changed(name, **values)
     assert message in e.value.message  # type: ignore[attr-defined]
+
+
+def test_narrow_experts_are_filled_with_zeros() -> None:
+    """vLLM's `KimiMoE`: an expert's share on a rank is 256 wide at least."""
+    experts = next(
+        weight
+        for weight in parameters(read_spec("Kimi-Linear-48B-A3B-Instruct"))
+        if weight.name.endswith("experts.w13_weight")
+    )
+    assert {n: experts.rank_shape(rank_of(n))[1] for n in (1, 2, 4, 8)} == {
+        1: 2 * 1024,
+        2: 2 * 512,
+        4: 2 * 256,
+        8: 2 * 256,
+    }
+    whole = Parallel(tensor_parallel_size=8, expert_parallel=True)
+    assert experts.rank_shape(Rank(parallel=whole)) == (32, 2048, 2304)

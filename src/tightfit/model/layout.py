@@ -124,6 +124,8 @@ class Axis:
     """Blocks begin anew on every rank: scales that an engine computes after cutting."""
     padded: int = 0
     """Shares are multiples of this, and the last ones are filled with zeros: MXFP4 experts."""
+    at_least: int = 0
+    """Smaller shares are filled with zeros up to this: Kimi's experts."""
 
     def is_whole(self, rank: Rank) -> bool:
         """Whether nothing is dealt, because `whole_unless` applies."""
@@ -147,6 +149,9 @@ class Axis:
         total = self.units * self.unit_rows
         if self.padded:
             each = cdiv(cdiv(total, self.padded), ranks) * self.padded // self.block
+            return rank.tp_rank * each, each
+        if ranks > 1 and total // ranks < self.at_least and not total % ranks:
+            each = self.at_least // self.block
             return rank.tp_rank * each, each
         groups = self.groups or self.units
         per_group = self.units // groups

@@ -101,6 +101,8 @@ class MoE(Block):
     """Name of the one row that gates the shared MLP: Qwen2-MoE."""
     latent_size: int | None = None
     """Width at which routed experts work, where it is not the hidden size: Nemotron 3 Super."""
+    smallest_share: int = 0
+    """vLLM fills narrower shares of an expert with zeros up to this: Kimi Linear, Kimi-K3."""
 
     def weights(self, place: Place) -> Iterator[Weight]:
         """Router and experts; gate and up of all experts are one tensor (vLLM's w13)."""
@@ -132,7 +134,11 @@ class MoE(Block):
             )
 
     def _experts(self, at: Place) -> Iterator[Weight]:
-        inner = Axis(label="moe_intermediate_size", units=self.intermediate_size)
+        inner = Axis(
+            label="moe_intermediate_size",
+            units=self.intermediate_size,
+            at_least=self.smallest_share,
+        )
         width = self.latent_size or at.hidden_size
         names = self.names
         stored = (self.num_experts * inner.rows, width) if names.flat else None

@@ -132,6 +132,7 @@ def _experts(config: Config) -> tuple[MoE | None, tuple[Block, ...]]:
         correction_bias="gate.e_score_correction_bias",
         shared=shared if copies else None,
         latent_size=latent,
+        smallest_share=config.integer("min_moe_intermediate_per_partition", default=256),
     )
     if latent is None:
         return experts, ()
