@@ -5,6 +5,7 @@ vLLM's `MLAAttentionSpec`s: `kv_lora_rank + qk_rope_head_dim` features, alike on
 an indexer uint8 rows of its head and one float32 scale per 128 features.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -128,6 +129,14 @@ def test_queries_without_a_low_rank() -> None:
     mixer = model_spec(config).layers[0].mixers[0]
     assert isinstance(mixer, LatentAttention)
     assert mixer.q_lora_rank == 1536
+
+
+def test_layers_that_predict_further_tokens_are_not_loaded() -> None:
+    (pattern,) = read_spec("DeepSeek-V3").ignored_sources
+    assert re.search(pattern, "model.layers.61.eh_proj.weight")
+    assert re.search(pattern, "language_model.model.layers.61.mlp.experts.0.up_proj.weight")
+    for loaded in ("6", "60", "161", "610"):
+        assert not re.search(pattern, f"model.layers.{loaded}.mlp.gate.weight")
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         layers,
         norm_eps=config.number("rms_norm_eps", default=defaults.rms_norm_eps),
-        ignored_sources=(
-            *decoder.layers_after(config, "num_nextn_predict_layers", "num_mtp_layers"),
-            r"\.indexer\.wk\.weight_scale_inv$",
-        ),
+        ignored_sources=decoder.layers_after(config, "num_nextn_predict_layers", "num_mtp_layers"),
         verified_for_sharding=False,
     )
 
