@@ -133,6 +133,8 @@ def gptq(bits: int, group_size: int | None, *, symmetric: bool) -> Forms:
         ),
         Form(kind="scales", dtype=None, columns=group, transposed=True),
         Form(kind="g_idx", dtype="I32", rows=0, loaded=False, optional=True),
+        # vLLM makes room for biases that some checkpoints have.
+        Form(kind="bias", dtype=None, columns=None, stored=False, only="experts", dropped=True),
     )
 
 
@@ -176,9 +178,12 @@ def nvfp4(*, activations: bool, modelopt: bool = False) -> Forms:
     given = Form(kind=inputs, dtype="F32", rows=0, columns=None)
     if activations:
         return (*forms, given)
-    return (
-        (*forms, replace(given, optional=True, stored=False, dropped=True)) if modelopt else forms
-    )
+    # vLLM makes room for what old exports have, and what experts' kernels take.
+    unused = replace(given, stored=False, dropped=True)
+    if not modelopt:
+        return (*forms, replace(unused, only="experts"))
+    linear = replace(unused, dtype=None, only="linear")
+    return (*forms, linear, replace(unused, only="experts"))
 
 
 def mxfp4() -> Forms:
