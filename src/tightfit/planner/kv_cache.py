@@ -3,24 +3,50 @@
 vLLM gives every layer a page of `block_size` tokens and draws all pages from one pool
 (`v1/core/kv_cache_utils.py: get_kv_cache_groups`). Layers of one kind form groups of equal size, so
 that a block of the pool holds one page of each layer of any group. A sequence then needs blocks per
-group: all its tokens in a full group, and in a sliding one the window plus what is in flight.
+group: all its tokens in a full group, the window plus what is in flight in a sliding one, and a
+fixed number of states in a recurrent one.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import ceil
 
-from tightfit.model.blocks.attention import Attention, head_axes
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.cache import Cache, CacheKind, StateCache, TokenCache
 from tightfit.model.layout import Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
-from tightfit.units import cdiv
+from tightfit.units import DTYPE_BITS, cdiv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerKind:
-    """Layers that store alike: bytes of one token, and the window (None sees everything)."""
+    """Layers that store alike: bytes of one token, or of one sequence's state."""
 
-    token_bytes: int
-    window: int | None
+    kind: str = CacheKind.ATTENTION.value
+    """A `CacheKind`, or `state`."""
+    token_bytes: int = 0
+    state_bytes: int = 0
+    window: int | None = None
+    chunk: int | None = None
+    block_size: int | None = None
+    """Tokens of its pages, where they differ from those of the pool."""
+
+    @property
+    def is_state(self) -> bool:
+        """Whether a sequence needs as much whatever its length."""
+        return self.kind == "state"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether tokens leave the cache while the sequence goes on."""
+        return self.window is not None or self.chunk is not None
+
+    def held_tokens(self, tokens: int) -> int:
+        """Of a sequence of so many tokens, those that attention can still see."""
+        if self.chunk is not None:
+            return min(tokens, self.chunk)
+        return tokens if self.window is None else min(tokens, self.window)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,35 +58,68 @@ class KVLayout:
     groups: tuple[LayerKind, ...]
     layers: tuple[tuple[LayerKind, int], ...]
     """Each kind, and how many layers of the rank are of it."""
-    in_flight_tokens: int
-    """Tokens a sliding group may hold beyond its window, while steps overlap."""
+    in_flight_tokens: int = 0
+    """Tokens a local group may hold beyond its window, while steps overlap."""
+    state_blocks: int = 1
+    """Blocks that a recurrent group reserves for a sequence."""
+    encoder_tokens: int = 0
+    """Tokens of the encoder that cross attention keeps."""
+    context_parallel_size: int = 1
+    """Ranks over which the tokens of full attention are spread."""
 
     def blocks(self, tokens: int) -> int:
         """Blocks that the engine reserves for one sequence of that many tokens."""
         return sum(self._group_blocks(kind, tokens) for kind in self.groups)
 
     def _group_blocks(self, kind: LayerKind, tokens: int) -> int:
-        if kind.window is None:
-            return cdiv(tokens, self.block_size)
-        reach = min(kind.window - 1 + self.in_flight_tokens, tokens)
-        return cdiv(reach, self.block_size) + 1
+        size = kind.block_size or self.block_size
+        if kind.is_state:
+            return self.state_blocks
+        if kind.kind == CacheKind.CROSS.value:
+            return cdiv(self.encoder_tokens, size)
+        if kind.chunk is not None:
+            return cdiv(min(kind.chunk + self.in_flight_tokens, tokens), size)
+        if kind.window is not None:
+            return cdiv(min(kind.window - 1 + self.in_flight_tokens, tokens), size) + 1
+        return cdiv(cdiv(tokens, self.context_parallel_size), size)
 
     def minimum_bytes(self, tokens: int) -> int:
-        """Bytes of the keys and values that attention can still see, without any rounding."""
-        return sum(
-            count * kind.token_bytes * min(tokens, kind.window or tokens)
-            for kind, count in self.layers
-        )
+        """Bytes that the model itself needs: what attention can still see, and the states."""
+        return sum(count * self._layer_bytes(kind, tokens) for kind, count in self.layers)
+
+    def _layer_bytes(self, kind: LayerKind, tokens: int) -> int:
+        if kind.kind == CacheKind.CROSS.value:
+            return kind.token_bytes * self.encoder_tokens
+        return kind.state_bytes + kind.token_bytes * kind.held_tokens(tokens)
 
     def all_full_bytes(self, tokens: int) -> int:
-        """Bytes if every layer kept every token."""
-        blocks = cdiv(tokens, self.block_size)
-        return blocks * self.block_size * self.bytes_per_token
+        """Bytes if every attention layer kept every token."""
+        rounded = cdiv(tokens, self.block_size) * self.block_size
+        return sum(
+            count
+            * (
+                self._layer_bytes(kind, tokens)
+                if kind.is_state or kind.kind == CacheKind.CROSS.value
+                else kind.token_bytes * rounded
+            )
+            for kind, count in self.layers
+        )
 
     @property
     def bytes_per_token(self) -> int:
         """What one more token costs while it is inside every window."""
-        return sum(count * kind.token_bytes for kind, count in self.layers)
+        own = (kind for kind in self.layers if kind[0].kind != CacheKind.CROSS.value)
+        return sum(count * kind.token_bytes for kind, count in own)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer keeps a recurrent state."""
+        return any(kind.is_state for kind, _ in self.layers)
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether a layer forgets tokens."""
+        return any(kind.is_local for kind, _ in self.layers)
 
     def longest(self, available_blocks: int, limit: int) -> int:
         """The longest sequence, up to `limit`, that fits into so many blocks; 0 if none does."""
@@ -74,48 +133,142 @@ class KVLayout:
         return low
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheDtypes:
+    """The dtypes of a cache, in safetensors' spelling or vLLM's own names for packed ones."""
+
+    tokens: str
+    conv: str
+    ssm: str
+
+    @classmethod
+    def of(cls, dtype: str) -> "CacheDtypes":
+        """One dtype for everything."""
+        return cls(tokens=dtype, conv=dtype, ssm=dtype)
+
+
+_PER_HEAD_SCALES = 8
+"""Two float32 scales for each KV head and token (vLLM's `*_per_token_head`)."""
+_MLA_ROWS: Mapping[str, int] = {"fp8_ds_mla": 656, "nvfp4_ds_mla": 352}
+"""Bytes of a token in the packed rows of DeepSeek V3.2, whatever the sizes in its config."""
+
+
+def token_bytes(cache: TokenCache, dtype: str) -> int:
+    """Bytes of one token in one layer of a rank (`v1/kv_cache_interface.py`)."""
+    if cache.dtype is not None:
+        return cache.elements_per_token * DTYPE_BITS[cache.dtype] // 8
+    if dtype in _MLA_ROWS:
+        return _MLA_ROWS[dtype] * cache.slots
+    both = cache.key_size + cache.value_size
+    sides = 1 if cache.value_size == 0 else 2
+    if dtype in ("int8_per_token_head", "fp8_per_token_head"):
+        return cache.slots * (both + _PER_HEAD_SCALES // 2 * sides)
+    if dtype == "int4_per_token_head":
+        return cache.slots * (both // 2 + _PER_HEAD_SCALES // 2 * sides)
+    if dtype == "nvfp4":
+        return cache.slots * (both // 2 + both // 16)
+    return cache.slots * both * DTYPE_BITS[dtype] // 8
+
+
 def layer_kinds(
-    spec: ModelSpec, rank: Rank, element_bytes: int, *, windows: bool = True
+    spec: ModelSpec, rank: Rank, dtypes: CacheDtypes, *, windows: bool = True
 ) -> Counter[LayerKind]:
     """The kinds of a rank's layers; without `windows` every layer keeps all tokens."""
-    found: Counter[LayerKind] = Counter()
     stages = rank.parallel.pipeline_parallel_size
-    attentions = Counter(
-        spec.layers[i].attention for i in pipeline_layers(spec.num_layers, stages, rank.pp_rank)
-    )
-    for attention, count in attentions.items():
-        kind = LayerKind(
-            token_bytes=token_bytes(attention, rank, element_bytes),
-            window=attention.window if windows else None,
-        )
-        found[kind] += count
+    span = pipeline_layers(spec.num_layers, stages, rank.pp_rank)
+    mixers = Counter(mixer for i in span for mixer in spec.layers[i].mixers)
+    found: Counter[LayerKind] = Counter()
+    for mixer, count in mixers.items():
+        for cache in mixer.caches(rank):
+            found[_kind(cache, dtypes, windows=windows)] += count
     return found
 
 
-def token_bytes(attention: Attention, rank: Rank, element_bytes: int) -> int:
-    """Bytes of one token's keys and values in one layer of a rank."""
-    _, keys = head_axes(attention)
-    return 2 * keys.span(rank)[1] * element_bytes
+def _kind(cache: Cache, dtypes: CacheDtypes, *, windows: bool) -> LayerKind:
+    if isinstance(cache, StateCache):
+        default = {"conv": dtypes.conv, "ssm": dtypes.ssm}
+        size = sum(state.nbytes(default.get(state.role, dtypes.conv)) for state in cache.states)
+        return LayerKind(kind="state", state_bytes=size)
+    if cache.tokens_per_row > 1:
+        raise UnsupportedModelError(
+            "the KV cache of compressed attention (DeepSeek V4) is not planned yet"
+        )
+    return LayerKind(
+        kind=cache.kind.value,
+        token_bytes=token_bytes(cache, dtypes.tokens),
+        window=cache.window if windows else None,
+        chunk=cache.chunk if windows else None,
+    )
 
 
-def kv_layout(kinds: Counter[LayerKind], *, block_size: int, in_flight_tokens: int = 0) -> KVLayout:
-    """Group the layers as vLLM does when their pages are of one size.
+def kv_layout(
+    kinds: Counter[LayerKind],
+    *,
+    block_size: int,
+    in_flight_tokens: int = 0,
+    state_blocks: int = 1,
+    encoder_tokens: int = 0,
+    padding_ratio: float = 1.5,
+    context_parallel_size: int = 1,
+) -> KVLayout:
+    """Group the layers as vLLM does.
 
-    The group size is the count of the rarest kind, or of the most frequent one if that is less
-    than half as many again; groups that a kind does not fill are padded.
+    Args:
+        kinds: of the rank's layers, with their number.
+        block_size: tokens of a block, before it grows to hold a recurrent state.
+        in_flight_tokens: see `KVLayout`.
+        state_blocks: see `KVLayout`.
+        encoder_tokens: see `KVLayout`.
+        padding_ratio: groups are as large as the most frequent kind if that has less than so many
+            times the layers of the rarest; else as the rarest, and padded.
+        context_parallel_size: see `KVLayout`.
     """
-    counts = kinds.values()
-    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
-    if len(kinds) == 1:
-        size = max(counts)
-    groups: list[LayerKind] = []
-    for kind, count in kinds.items():
-        groups += [kind] * cdiv(count, size)
-    page_bytes = block_size * max(kind.token_bytes for kind in kinds)
+    if not kinds:
+        raise UnsupportedModelError("a model whose layers keep nothing has no KV cache to plan")
+    block_size = enlarged(kinds, block_size)
+    layers = tuple(kinds.items())
+    groups, page_bytes, size = _groups(kinds, block_size, padding_ratio)
     return KVLayout(
         block_size=block_size,
         bytes_per_block=size * page_bytes,
-        groups=tuple(groups),
-        layers=tuple(kinds.items()),
+        groups=groups,
+        layers=layers,
         in_flight_tokens=in_flight_tokens,
+        state_blocks=state_blocks,
+        encoder_tokens=encoder_tokens,
+        context_parallel_size=context_parallel_size,
     )
+
+
+def enlarged(kinds: Counter[LayerKind], block_size: int) -> int:
+    """The block size at which a page of attention holds a recurrent state.
+
+    (`platforms/interface.py: update_block_size_for_backend`; a multiple of the kernel's blocks.)
+    """
+    states = max((kind.state_bytes for kind in kinds if kind.is_state), default=0)
+    tokens = max((kind.token_bytes for kind in kinds), default=0)
+    if not states or not tokens:
+        return block_size
+    return max(block_size, block_size * cdiv(states, block_size * tokens))
+
+
+def _groups(
+    kinds: Counter[LayerKind], block_size: int, padding_ratio: float
+) -> tuple[tuple[LayerKind, ...], int, int]:
+    """The groups, the bytes of a page, and the pages of a block."""
+    pages = {kind: kind.state_bytes or block_size * kind.token_bytes for kind in kinds}
+    if len({(kind.window, kind.chunk, kind.is_state, kind.kind == "cross") for kind in kinds}) == 1:
+        # All need slots for the same tokens: one group, whose layers have pages of their own sizes.
+        first = max(kinds, key=lambda kind: pages[kind])
+        return (first,), sum(pages[kind] * count for kind, count in kinds.items()), 1
+    largest = max(pages.values())
+    unified: Counter[LayerKind] = Counter()
+    for kind, count in kinds.items():
+        # Smaller pages take more tokens where that fills them exactly; others are padded.
+        ratio = 1 if kind.is_state or largest % pages[kind] else largest // pages[kind]
+        grown = kind if ratio == 1 else replace(kind, block_size=block_size * ratio)
+        unified[grown] += count
+    counts = unified.values()
+    size = max(counts) if max(counts) < padding_ratio * min(counts) else min(counts)
+    groups = [kind for kind, count in unified.items() for _ in range(ceil(count / size))]
+    return tuple(groups), largest, size
