@@ -26,7 +26,7 @@ from tightfit.model.towers.vit import (
     whole_unless,
 )
 
-MOST_TILES = 4096
+MOST_TILES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,37 +88,47 @@ class InternVLMedia(Media):
 
     def _tiles(self, processor: Mapping[str, Any], sizes: Sizes | None) -> int:
         """Tiles of the largest image, or of one that the user's limits make smaller."""
-        least = whole_number(processor, self.names.smallest, self.min_tiles)
+        least = min(whole_number(processor, self.names.smallest, self.min_tiles), MOST_TILES)
         most = min(whole_number(processor, self.names.largest, self.max_tiles), MOST_TILES)
         most = 1 if processor.get("dynamic_image_size") is False else max(most, least)
         thumbnail = bool(processor.get(self.names.thumbnail, self.thumbnail))
         best = most
         if sizes is not None:
-            grids = [
-                (columns, rows)
-                for columns in range(1, most + 1)
-                for rows in range(1, most // columns + 1)
-                if columns * rows >= least
-            ]
-            # vLLM takes the first of the grids with the most tiles, tall before wide.
-            widest = next(grid for grid in grids if grid[0] * grid[1] == most)
+            # vLLM profiles the first of the grids with the most tiles, in the order of its set.
+            wider = grids(least, most + 1 if thumbnail and most > 1 else most)
+            widest = next(grid for grid in wider if grid[0] * grid[1] == most)
             width = size_limit(sizes, "image", "width", widest[0] * self.image_size)
             height = size_limit(sizes, "image", "height", widest[1] * self.image_size)
-            columns, rows = self._grid(grids, width, height)
+            columns, rows = self._grid(grids(least, most), width, height)
             best = columns * rows
         return best + (1 if thumbnail and best > 1 else 0)
 
-    def _grid(self, grids: list[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
+    def _grid(self, choice: list[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
         """The grid of nearest aspect ratio; of several the largest that the pixels justify."""
         ratio, area = width / height, width * height
         best, nearest = (1, 1), float("inf")
-        for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        for columns, rows in choice:
             difference = abs(ratio - columns / rows)
             if difference < nearest:
                 best, nearest = (columns, rows), difference
             elif difference == nearest and area > 0.5 * self.image_size**2 * columns * rows:
                 best = (columns, rows)
         return best
+
+
+def grids(least: int, most: int) -> list[tuple[int, int]]:
+    """Columns and rows of every grid of `least` to `most` tiles, those with fewest tiles first.
+
+    Among as many tiles the order is that of a set of pairs, which decides what vLLM profiles; it
+    depends on how the set was made (`get_internvl_target_ratios`).
+    """
+    found = {
+        (columns, rows)
+        for count in range(least, most + 1)
+        for columns in range(1, count + 1)
+        for rows in range(-(-least // columns), min(count, most // columns) + 1)
+    }
+    return sorted(found, key=lambda grid: grid[0] * grid[1])
 
 
 def side(config: Config, key: str, default: int) -> int:
