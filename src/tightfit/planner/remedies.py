@@ -202,7 +202,11 @@ _PROCESSOR: tuple[dict[str, Any], ...] = (
 
 def _multimodal(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
     names = {component.name for rank in plan.ranks for component in rank.components}
-    if not names & {"vision_encoder", "encoder_cache"} or options.language_model_only:
+    if options.language_model_only:
+        return
+    step = Step(change="--language-model-only", options={"language_model_only": True})
+    yield Remedy(costs="no images, video or audio at all", steps=(step,))
+    if not names & {"vision_encoder", "encoder_cache"}:
         return
     for name, values, costs in (
         ("limit_mm_per_prompt", _LIMITS, "requests with more or other inputs are refused"),
@@ -217,8 +221,6 @@ def _multimodal(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
                 for value in values
             ),
         )
-    step = Step(change="--language-model-only", options={"language_model_only": True})
-    yield Remedy(costs="no images, video or audio at all", steps=(step,))
     if options.mm_encoder_tp_mode == "data":
         step = Step(
             change="--mm-encoder-tp-mode weights", options={"mm_encoder_tp_mode": "weights"}
