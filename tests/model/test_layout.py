@@ -127,8 +127,11 @@ def test_ranks_hold_the_checkpoint_together(name: str, size: int, pp: int, uneve
     assert all(c.padding == 0 for c in others)
     padded = sum(c.padding for w, c in census if w.name in tables)
     held_tables = 2 if pp > 1 or not spec.tie_word_embeddings else 1
-    held_tables = 0 if spec.whole_embedding else held_tables
-    assert padded == held_tables * (-spec.vocab_size % VOCAB_PADDING) * spec.hidden_size
+    held_tables = 0 if spec.whole_embedding or spec.added_embeddings else held_tables
+    rows = held_tables * (-spec.vocab_size % VOCAB_PADDING)
+    if spec.added_embeddings:
+        rows = -(spec.vocab_size + spec.added_embeddings) % VOCAB_PADDING
+    assert padded == rows * spec.hidden_size
 
 
 @pytest.mark.parametrize("name", ["Llama-3.1-8B", "SmolLM2-135M", "Qwen3-30B-A3B-FP8"])

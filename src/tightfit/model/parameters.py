@@ -147,6 +147,7 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
     for tower in spec.towers:
         yield from tower.weights
     embedding = table(names.embedding, Stage.BOTH_ENDS if tied else Stage.FIRST)
+    embedding = grown(embedding, spec.added_embeddings)
     yield whole(embedding) if spec.whole_embedding else embedding
     yield from spec.extras
     for i, layer in enumerate(spec.layers):
@@ -164,6 +165,16 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
         part = Part(source=f"{names.head}.bias", rows=spec.vocab_size, axis=vocab)
         name = f"{names.head}.bias"
         yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=Stage.LAST)
+
+
+def grown(table: Weight, more: int) -> Weight:
+    """The table with more rows, and padding anew."""
+    (part,) = table.parts
+    if not more or part.axis is None:
+        return table
+    rows = part.rows + more
+    axis = replace(part.axis, units=round_up(rows, VOCAB_PADDING))
+    return replace(table, parts=(replace(part, rows=rows, axis=axis),))
 
 
 def whole(weight: Weight) -> Weight:

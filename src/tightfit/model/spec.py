@@ -94,6 +94,8 @@ class ModelSpec:
     head_bias: bool = False
     has_lm_head_module: bool = True
     """vLLM's class has an `lm_head` even when it is tied; Gemma 2 has not."""
+    added_embeddings: int = 0
+    """Rows of the embedding that the head has not: Llama 3.2 Vision."""
     whole_embedding: bool = False
     """vLLM holds the embedding whole and without padding on every rank: Whisper."""
     embedding_scale: float = 1.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tightfit.model.blocks.attention import Attention
 from tightfit.model.blocks.base import Mixer, Place
-from tightfit.model.blocks.linear import column_parallel, linear, row_parallel, stack
+from tightfit.model.blocks.linear import column_parallel, linear, row_parallel, stack, vector
 from tightfit.model.cache import Cache, CacheKind, TokenCache
 from tightfit.model.layout import Axis, Cut, Part, Rank, Weight
 
@@ -70,3 +70,23 @@ def zero_bias(weight: Weight, index: int) -> Weight:
     neighbour, part = parts[index - 1], parts[index]
     parts[index] = Part(source=neighbour.source, rows=0, axis=part.axis, source_rows=neighbour.rows)
     return replace(weight, parts=tuple(parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatedCrossAttention(Mixer):
+    """Grouped attention to image features, with gates before both residuals: Llama 3.2 Vision."""
+
+    attention: Attention
+
+    def weights(self, place: Place) -> Iterator[Weight]:
+        """Those of the attention, and the two gates."""
+        yield from self.attention.weights(place)
+        for name in ("cross_attn_attn_gate", "cross_attn_mlp_gate"):
+            yield vector(f"{place.prefix}.{name}", 1, place.where)
+
+    def caches(self, rank: Rank) -> tuple[Cache, ...]:
+        """Keys and values of every feature of the images."""
+        own = self.attention.caches(rank)
+        return tuple(
+            replace(cache, kind=CacheKind.CROSS) for cache in own if isinstance(cache, TokenCache)
+        )

@@ -28,6 +28,7 @@ _MODULES: Mapping[str, str] = {
     "Gemma3ForCausalLM": "gemma",
     "Gemma3ForConditionalGeneration": "gemma3_mm",
     "WhisperForConditionalGeneration": "whisper",
+    "MllamaForConditionalGeneration": "mllama",
     "Gemma3nForCausalLM": "gemma3n",
     "Gemma3nForConditionalGeneration": "gemma3n",
     "Gemma4ForCausalLM": "gemma4",
