@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,7 @@ from tightfit.planner.plan import Plan
 from tightfit.units import GiB, MiB
 
 HERE = Path(__file__).parent
-OPTIONS = {
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "gpu_memory_utilization",
-    "kv_cache_memory_bytes",
-    "kv_cache_dtype",
-    "block_size",
-    "dtype",
-    "enforce_eager",
-    "cudagraph_capture_sizes",
-    "max_cudagraph_capture_size",
-}
-HARMLESS = {"limit_mm_per_prompt"}
+OPTIONS = {field.name for field in fields(PlanOptions)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +71,7 @@ def options(row: Mapping[str, Any]) -> PlanOptions:
         UsageError: an argument that plans do not know.
     """
     args = dict(row["args"])
-    unknown = args.keys() - OPTIONS - HARMLESS
+    unknown = args.keys() - OPTIONS
     if unknown:
         raise UsageError("plans do not know " + ", ".join(sorted(unknown)), hint="leave it out")
     if "cudagraph_capture_sizes" in args:

@@ -16,7 +16,7 @@ from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.parameters import parameters
 from tightfit.planner.engines.builtin_memory import step_components
-from tightfit.planner.kv_cache import kv_layout, layer_kinds
+from tightfit.planner.kv_cache import CacheDtypes, kv_layout, layer_kinds
 from tightfit.runtime.launch import launch_ranks
 from tightfit.runtime.memory import CpuLedger
 from tightfit.units import MiB, dtype_bytes
@@ -85,7 +85,7 @@ def test_two_ranks_use_what_was_planned(dtype: str, tmp_path: Path) -> None:
             for component in step_components(spec, rank, dtype=dtype, device="cpu", **SIZES)
         }
         plan["weights"] = sum(w.rank_tensor(rank, dtype).nbytes for w in parameters(spec))
-        kinds = layer_kinds(spec, rank, dtype_bytes(dtype), windows=False)
+        kinds = layer_kinds(spec, rank, CacheDtypes.of(dtype), windows=False)
         layout = kv_layout(kinds, block_size=SIZES["block_size"])
         plan["kv_cache"] = NUM_BLOCKS * layout.bytes_per_block
         assert measured["weights_tensor_bytes"] == plan["weights"]

@@ -98,6 +98,12 @@ class ModelSpec:
     """Rows of the embedding that the head has not: Llama 3.2 Vision."""
     whole_embedding: bool = False
     """vLLM holds the embedding whole and without padding on every rank: Whisper."""
+    embedding_size: int | None = None
+    """Width of the embedding and the head, where it is not hidden_size: OPT 350M."""
+    every_stage_has_ends: bool = False
+    """vLLM builds embedding, last norm and head on all pipeline stages: GPT-2, Command-R."""
+    pooling: bool = False
+    """Makes embeddings or scores: engines load no head and sample nothing."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logits_scale: float = 1.0
@@ -114,6 +120,14 @@ class ModelSpec:
     """The dtype of the KV cache that the checkpoint asks for, in vLLM's spelling: `fp8`."""
     ignored_sources: tuple[str, ...] = ()
     """Regular expressions of tensors that a checkpoint may hold and no engine loads."""
+    listed: tuple[Weight, ...] | None = None
+    """All parameters, of a model whose architecture nobody knows: blocks then say nothing."""
+    listed_from: str | None = None
+    """Where they are from: `headers`, or `transformers` on the meta device."""
+    cache_is_unknown: bool = False
+    """Nothing says what the layers keep of a sequence, and nothing was assumed."""
+    notes: tuple[str, ...] = ()
+    """What a plan has to tell about how this description was made."""
     verified_for_sharding: bool = True
     """vLLM's names of the parameters are known, so that rank files can be written."""
 
@@ -123,9 +137,15 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state instead of keys and values."""
+        return any(mixer.is_recurrent for layer in self.layers for mixer in layer.mixers)
+
+    @property
     def is_plain(self) -> bool:
         """A decoder of plain attention and gated MLPs, as the built-in runtime executes."""
         beside = self.towers or self.extras or self.encoder_tokens or self.norm_bias
+        beside = beside or self.pooling or self.listed is not None
         return not beside and self.names == Names() and all(map(_is_plain, self.layers))
 
 
@@ -134,7 +154,7 @@ def _is_plain(layer: Layer) -> bool:
     if not isinstance(mixer, Attention) or mlp is None or layer.extras or layer.norms is not None:
         return False
     special = mixer.chunk or mixer.value_dim or mixer.sinks or mixer.output_gate
-    if special or mixer.shares_cache or mixer.rope is None:
+    if special or mixer.shares_cache or mixer.rope is None or mixer.rope.interleaved:
         return False
     if isinstance(mlp, DenseMLP):
         return mlp.gated

@@ -46,10 +46,12 @@ def make_plan(
         UsageError: options that contradict each other or the model.
     """
     chosen = engine(options)
+    summary = _summary(spec, name, from_headers=from_headers)
+    spec = _adapted(_Adaptation.of(spec, chosen, options))
     parallel = chosen.parallel(options)
     _check_parallel(spec, parallel)
     dtype = chosen.resolve(spec, options).dtype.value
-    weights = [_weights(spec, rank, dtype) for rank in parallel.ranks()]
+    weights = [_on_device(spec, rank, dtype, chosen, options) for rank in parallel.ranks()]
     pools: dict[int, _Pool] = {}
 
     def attempt(length: int | None) -> _Attempt:
@@ -71,7 +73,7 @@ def make_plan(
         fitted = Option(value=max(longest, 1), origin="fitted")
         resolved = replace(resolved, max_model_len=fitted)
     return Plan(
-        model=_summary(spec, name, from_headers=from_headers),
+        model=summary,
         engine=chosen.name,
         engine_version=chosen.version,
         entrypoint=options.entrypoint,
@@ -81,6 +83,50 @@ def make_plan(
         kv_cache=_kv_plan(pool, resolved),
         verdict=_verdict(pool, chosen, resolved.max_model_len.value, longest),
         not_modelled=chosen.not_modelled,
+    )
+
+
+class _Adaptation(NamedTuple):
+    """What decides how an engine builds a model; a key of a cache."""
+
+    spec: ModelSpec
+    engine: str
+    quantization: str | None
+    media: str
+    make: Callable[[], ModelSpec]
+
+    @classmethod
+    def of(cls, spec: ModelSpec, chosen: Engine, options: PlanOptions) -> "_Adaptation":
+        limits = sorted(options.limit_mm_per_prompt.items(), key=repr)
+        media = f"{limits} {options.language_model_only} {options.mm_encoder_tp_mode}"
+        name = f"{chosen.name} {chosen.version}"
+        return cls(spec, name, options.quantization, media, lambda: chosen.adapt(spec, options))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Adaptation) and self[:4] == other[:4]
+
+    def __hash__(self) -> int:
+        return hash(self[:4])
+
+
+@lru_cache(maxsize=64)
+def _adapted(adaptation: _Adaptation) -> ModelSpec:
+    return adaptation.make()
+
+
+def _on_device(
+    spec: ModelSpec, rank: Rank, dtype: str, chosen: Engine, options: PlanOptions
+) -> Component:
+    """A rank's weights, less what the engine keeps on the host."""
+    whole = _weights(spec, rank, dtype)
+    moved = chosen.offloaded_bytes(spec, rank, options, dtype)
+    if not moved:
+        return whole
+    return replace(
+        whole,
+        planned_bytes=whole.planned_bytes - moved,
+        formula=f"{whole.formula}, less {moved:,} that are offloaded to the host",
+        detail={**whole.detail, "offloaded_bytes": moved},
     )
 
 

@@ -17,7 +17,13 @@ KV_DTYPES: Mapping[str, str] = {
     "fp8": "F8_E4M3",
     "fp8_e4m3": "F8_E4M3",
     "fp8_e5m2": "F8_E5M2",
+    "fp8_ds_mla": "fp8_ds_mla",
+    "int8_per_token_head": "int8_per_token_head",
+    "fp8_per_token_head": "fp8_per_token_head",
+    "int4_per_token_head": "int4_per_token_head",
+    "nvfp4": "nvfp4",
 }
+"""vLLM's names of cache dtypes, and safetensors' where it has one: packed forms keep theirs."""
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
     "entrypoint": ("server", "llm"),
@@ -178,13 +184,21 @@ class Resolved:
     cudagraph_capture_sizes: Option[tuple[int, ...]] | None = None
     model_runner: Option[str] | None = None
     """What only some engines know is None in the others."""
+    cudagraph_mode: Option[str] | None = None
+    quantization: Option[str | None] | None = None
+    data_parallel_size: Option[int] | None = None
+    enable_expert_parallel: Option[bool] | None = None
+    enable_prefix_caching: Option[bool] | None = None
+    async_scheduling: Option[bool] | None = None
+    asked: PlanOptions = field(default_factory=PlanOptions)
+    """What the user gave, for options that have no default to resolve."""
 
     def to_json(self) -> dict[str, Any]:
         """The options in schema 1."""
         return {
-            field.name: {"value": option.value, "origin": option.origin}
-            for field in fields(self)
-            if (option := getattr(self, field.name)) is not None
+            one.name: {"value": option.value, "origin": option.origin}
+            for one in fields(self)
+            if isinstance(option := getattr(self, one.name), Option)
         }
 
 

@@ -19,9 +19,11 @@ def resolve_dtype(spec: ModelSpec, options: PlanOptions) -> Option[str]:
     return Option(value=spec.dtype, origin="config")
 
 
-def resolve_kv_dtype(options: PlanOptions, dtype: str) -> Option[str]:
-    """The dtype of the KV cache; `auto` is that of computation."""
+def resolve_kv_dtype(spec: ModelSpec, options: PlanOptions, dtype: str) -> Option[str]:
+    """The dtype of the KV cache; `auto` is the checkpoint's wish, or that of computation."""
     if options.kv_cache_dtype == "auto":
+        if spec.kv_cache_quantization is not None:
+            return Option(value=KV_DTYPES[spec.kv_cache_quantization], origin="config")
         return Option(value=dtype, origin="engine default")
     return Option(value=KV_DTYPES[options.kv_cache_dtype], origin="flag")
 

@@ -43,6 +43,19 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
     )
 
 
+def offloadable(spec: ModelSpec, rank: Rank, dtype: str, limit_bytes: int) -> int:
+    """Bytes of the layers' parameters, in their order, up to the one that reaches the limit."""
+    moved = 0
+    if limit_bytes <= 0:
+        return moved
+    for weight in held(spec, rank):
+        if isinstance(weight.where, int):
+            moved += dtype_bytes(weight.held_dtype(dtype), prod(weight.rank_shape(rank)))
+            if moved >= limit_bytes:
+                break
+    return moved
+
+
 @lru_cache(maxsize=8)
 def _groups(spec: ModelSpec) -> tuple[WeightGroup, ...]:
     return grouped(spec, loaded_parameters(spec))

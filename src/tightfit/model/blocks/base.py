@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tightfit.model.cache import Cache
+from tightfit.model.cache import Cache, StateCache
 from tightfit.model.layout import Rank, Stage, Weight
 
 
@@ -40,6 +40,11 @@ class Mixer(Block):
     """A block through which tokens see each other: attention of some kind, or a recurrence."""
 
     __slots__ = ()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it keeps a state of fixed size, and nothing for each token."""
+        return any(isinstance(cache, StateCache) for cache in self.caches(Rank()))
 
     @abstractmethod
     def caches(self, rank: Rank) -> tuple[Cache, ...]:

@@ -28,6 +28,20 @@ class Engine(ABC):
     def parallel(self, options: PlanOptions) -> Parallel:
         """The layout that the options ask for."""
 
+    def adapt(self, spec: ModelSpec, options: PlanOptions) -> ModelSpec:
+        """The model as the engine builds it: without what is switched off, quantized if asked.
+
+        Raises:
+            UsageError: a quantization that the engine or the checkpoint does not allow.
+        """
+        del options
+        return spec
+
+    def offloaded_bytes(self, spec: ModelSpec, rank: Rank, options: PlanOptions, dtype: str) -> int:
+        """Bytes of a rank's weights that live in the memory of the host."""
+        del spec, rank, options, dtype
+        return 0
+
     @abstractmethod
     def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:
         """Every option that matters to memory, with its default filled in."""

@@ -13,11 +13,10 @@ from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
 from tightfit.planner.engines.builtin_memory import step_components
-from tightfit.planner.kv_cache import KVLayout, kv_layout, layer_kinds
+from tightfit.planner.kv_cache import CacheDtypes, KVLayout, kv_layout, layer_kinds
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
 from tightfit.planner.resolve import resolve_dtype, resolve_max_model_len
-from tightfit.units import dtype_bytes
 
 
 class Builtin(Engine):
@@ -99,7 +98,9 @@ class Builtin(Engine):
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
         """Every layer keeps every token, windows or not."""
-        kinds = layer_kinds(spec, rank, dtype_bytes(resolved.kv_cache_dtype.value), windows=False)
+        kinds = layer_kinds(
+            spec, rank, CacheDtypes.of(resolved.kv_cache_dtype.value), windows=False
+        )
         return kv_layout(kinds, block_size=resolved.block_size.value)
 
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:

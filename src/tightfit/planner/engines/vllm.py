@@ -7,20 +7,25 @@ and messages), `config/vllm.py: max_in_flight_tokens`.
 
 from math import ceil
 
-from tightfit.errors import UsageError
+from tightfit.errors import UnsupportedModelError, UsageError
+from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
-from tightfit.planner.engines.vllm_graphs import capture_sizes
+from tightfit.planner.engines.vllm_captures import captured_sizes, cudagraph_mode
 from tightfit.planner.engines.vllm_memory import components
 from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.engines.vllm_versions import Rules, default_runner, rules_of
-from tightfit.planner.kv_cache import KVLayout, kv_layout, layer_kinds
+from tightfit.planner.kv_cache import CacheDtypes, KVLayout, kv_layout, layer_kinds
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
 from tightfit.planner.resolve import resolve_dtype, resolve_kv_dtype, resolve_max_model_len
-from tightfit.units import GiB, dtype_bytes
+from tightfit.planner.weights import offloadable
+from tightfit.units import TORCH_DTYPES, GiB, dtype_bytes
+
+_LATENT_BLOCK = 64
+"""Tokens of a block where only FlashMLA reads the cache: fp8 latents, and sparse attention."""
 
 
 class VLLM(Engine):
@@ -30,15 +35,15 @@ class VLLM(Engine):
     models_driver = True
     out_of_memory = "torch.OutOfMemoryError: CUDA out of memory."
     not_modelled = (
-        "host memory",
         "start-up with a warm compile cache",
-        "speculative decoding, LoRA, offloading, data and expert parallelism",
+        "speculative decoding",
+        "other processes on the device",
     )
 
     def __init__(self, device: Device | None = None, version: str | None = None) -> None:
         self.device = device
         self.rules = rules_of(version)
-        self.version = self.rules.version
+        self.version = version or self.rules.version
         self.held_back_blocks = self.rules.null_block
 
     def parallel(self, options: PlanOptions) -> Parallel:
@@ -46,7 +51,37 @@ class VLLM(Engine):
         return Parallel(
             tensor_parallel_size=options.tensor_parallel_size,
             pipeline_parallel_size=options.pipeline_parallel_size,
+            data_parallel_size=options.data_parallel_size,
+            expert_parallel=options.enable_expert_parallel,
         )
+
+    def adapt(self, spec: ModelSpec, options: PlanOptions) -> ModelSpec:
+        """Without the towers that the limits switch off, and quantized while it is loaded.
+
+        Raises:
+            UsageError: malformed limits, or a quantization that the checkpoint does not allow.
+            UnsupportedModelError: a quantization that this version does not load.
+        """
+        if spec.towers:
+            from tightfit.planner.engines.vllm_media import built
+
+            spec = built(spec, options)
+        if options.quantization is not None:
+            from tightfit.model.quantization.online import quantize_spec
+
+            spec = quantize_spec(spec, options.quantization)
+        if spec.quantization is not None and (refusal := spec.quantization.refusal(self._minor)):
+            raise UnsupportedModelError(refusal, hint="name your version with --engine-version")
+        return spec
+
+    @property
+    def _minor(self) -> tuple[int, int]:
+        major, minor = self.rules.version.split(".")[:2]
+        return int(major), int(minor)
+
+    def offloaded_bytes(self, spec: ModelSpec, rank: Rank, options: PlanOptions, dtype: str) -> int:
+        """`model_executor/offloader/uva.py`: parameters in order, until they reach the limit."""
+        return offloadable(spec, rank, dtype, int(options.cpu_offload_gb * GiB))
 
     def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:
         """Defaults as `EngineArgs` fills them in.
@@ -56,11 +91,58 @@ class VLLM(Engine):
         """
         dtype = resolve_dtype(spec, options)
         length = resolve_max_model_len(spec, options)
+        tokens, max_num_seqs = self._batch(options, length.value)
+        mode = cudagraph_mode(spec, options, self.rules)
+        captures = captured_sizes(
+            spec,
+            options,
+            self.rules,
+            max_num_seqs=max_num_seqs.value,
+            max_num_batched_tokens=tokens.value,
+            limit=1024 if self._is_blackwell and self.rules.null_block else 512,
+        )
+        if mode.value == "NONE":
+            captures = Option(value=(), origin=mode.origin)
+        kv_dtype = resolve_kv_dtype(spec, options, dtype.value)
+        return Resolved(
+            dtype=dtype,
+            kv_cache_dtype=_packed_latents(spec, kv_dtype),
+            max_model_len=length,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=tokens,
+            gpu_memory_utilization=pick(options.gpu_memory_utilization, self.rules.utilization),
+            kv_cache_memory_bytes=pick(options.kv_cache_memory_bytes, None),
+            block_size=pick(options.block_size, _block_size(spec, kv_dtype.value)),
+            tensor_parallel_size=flag(options.tensor_parallel_size),
+            pipeline_parallel_size=flag(options.pipeline_parallel_size),
+            data_parallel_size=pick(_unless(options.data_parallel_size, 1), 1),
+            enable_expert_parallel=pick(options.enable_expert_parallel or None, False),
+            enforce_eager=pick(options.enforce_eager or None, False),
+            cudagraph_mode=mode,
+            cudagraph_capture_sizes=captures,
+            model_runner=self._runner(spec, options),
+            quantization=_quantization(spec, options),
+            enable_prefix_caching=pick(
+                options.enable_prefix_caching,
+                self.rules.hybrid_prefix_caching or not spec.is_recurrent,
+            ),
+            async_scheduling=pick(options.async_scheduling, self.rules.async_scheduling),
+            asked=options,
+        )
+
+    @property
+    def _is_blackwell(self) -> bool:
+        name = self.device.name if self.device is not None else ""
+        return name.startswith(("b200", "b300", "gb200", "gb300"))
+
+    def _batch(self, options: PlanOptions, length: int) -> tuple[Option[int], Option[int]]:
+        """`max_num_batched_tokens` and `max_num_seqs`, of which each may bound the other."""
         batched, seqs = _batch_defaults(self.rules, options.device, options.entrypoint)
         max_num_seqs = pick(options.max_num_seqs, seqs)
-        tokens = pick(
-            options.max_num_batched_tokens, min(batched, max_num_seqs.value * length.value)
-        )
+        default = min(batched, max_num_seqs.value * length)
+        if options.enable_chunked_prefill is False:
+            default = max(default, length)
+        tokens = pick(options.max_num_batched_tokens, default)
         if options.max_num_seqs is None:
             max_num_seqs = pick(None, min(seqs, tokens.value))
         if tokens.value < max_num_seqs.value:
@@ -69,39 +151,7 @@ class VLLM(Engine):
                 f"{max_num_seqs.value}",
                 hint="vLLM needs at least one token per sequence",
             )
-        return Resolved(
-            dtype=dtype,
-            kv_cache_dtype=resolve_kv_dtype(options, dtype.value),
-            max_model_len=length,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=tokens,
-            gpu_memory_utilization=pick(options.gpu_memory_utilization, 0.92),
-            kv_cache_memory_bytes=pick(options.kv_cache_memory_bytes, None),
-            block_size=pick(options.block_size, 16),
-            tensor_parallel_size=flag(options.tensor_parallel_size),
-            pipeline_parallel_size=flag(options.pipeline_parallel_size),
-            enforce_eager=pick(options.enforce_eager or None, False),
-            cudagraph_capture_sizes=self._captures(options, max_num_seqs.value, tokens.value),
-            model_runner=self._runner(spec, options),
-        )
-
-    def _captures(self, options: PlanOptions, seqs: int, tokens: int) -> Option[tuple[int, ...]]:
-        given, maximum = options.cudagraph_capture_sizes, options.max_cudagraph_capture_size
-        asked = given is not None or maximum is not None or options.enforce_eager
-        blackwell = self.device is not None and self.device.name.startswith("b200")
-        newest = self.rules.v2_measures_graphs
-        sizes = capture_sizes(
-            max_num_seqs=seqs,
-            max_num_batched_tokens=tokens,
-            given=given,
-            maximum=maximum,
-            limit=1024 if blackwell and newest else 512,
-            with_limits=newest,
-        )
-        return Option(
-            value=() if options.enforce_eager else sizes,
-            origin="flag" if asked else "engine default",
-        )
+        return tokens, max_num_seqs
 
     def _runner(self, spec: ModelSpec, options: PlanOptions) -> Option[str]:
         asked = options.use_v2_model_runner
@@ -110,42 +160,63 @@ class VLLM(Engine):
 
     def components(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> tuple[Component, ...]:
         """See `vllm_memory`."""
-        eager, sizes = resolved.enforce_eager, resolved.cudagraph_capture_sizes
-        runner = resolved.model_runner
-        assert eager is not None
+        return components(self.setting(spec, rank, resolved))
+
+    def setting(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> Setting:
+        """The quantities of the formulas."""
+        sizes, runner, mode = (
+            resolved.cudagraph_capture_sizes,
+            resolved.model_runner,
+            resolved.cudagraph_mode,
+        )
         assert sizes is not None
         assert runner is not None
-        return components(
-            Setting(
-                spec=spec,
-                rank=rank,
-                rules=self.rules,
-                device=self.device,
-                runner=runner.value,
-                eager=eager.value,
-                capture_sizes=sizes.value,
-                element_bytes=dtype_bytes(resolved.dtype.value),
-                max_num_batched_tokens=resolved.max_num_batched_tokens.value,
-                max_num_seqs=resolved.max_num_seqs.value,
-                max_model_len=resolved.max_model_len.value,
-                block_size=resolved.block_size.value,
-                kv_groups=len(self.kv_layout(spec, rank, resolved).groups),
-            )
+        assert mode is not None
+        options = resolved.asked
+        eager = options.enforce_eager or options.optimization_level == 0
+        return Setting(
+            spec=spec,
+            rank=rank,
+            rules=self.rules,
+            device=self.device,
+            options=options,
+            runner=runner.value,
+            eager=eager or options.compilation_config.get("mode") == 0,
+            cudagraph_mode=mode.value,
+            capture_sizes=sizes.value,
+            element_bytes=dtype_bytes(resolved.dtype.value),
+            max_num_batched_tokens=resolved.max_num_batched_tokens.value,
+            max_num_seqs=resolved.max_num_seqs.value,
+            max_model_len=resolved.max_model_len.value,
+            kv=self.kv_layout(spec, rank, resolved),
         )
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
         """Hybrid groups; with asynchronous scheduling pp+1 steps are in flight."""
-        kinds = layer_kinds(spec, rank, dtype_bytes(resolved.kv_cache_dtype.value))
-        steps = rank.parallel.pipeline_parallel_size + 1 if self.rules.steps_in_flight else 1
+        asked, rules = resolved.asked, self.rules
+        windows = rules.hybrid_groups and not asked.disable_hybrid_kv_cache_manager
+        dtypes = _cache_dtypes(resolved)
+        overlap = resolved.async_scheduling is not None and resolved.async_scheduling.value
+        steps = rank.parallel.pipeline_parallel_size + overlap if rules.steps_in_flight else 1
+        tokens = resolved.max_num_batched_tokens.value
+        caching = resolved.enable_prefix_caching
         return kv_layout(
-            kinds,
+            layer_kinds(spec, rank, dtypes, windows=windows),
             block_size=resolved.block_size.value,
-            in_flight_tokens=steps * resolved.max_num_batched_tokens.value,
+            in_flight_tokens=steps * tokens,
+            state_blocks=2 if rules.hybrid_prefix_caching and caching and caching.value else 1,
+            encoder_tokens=max(spec.encoder_tokens, tokens) if spec.encoder_tokens else 0,
+            padding_ratio=rules.padding_ratio,
+            context_parallel_size=asked.decode_context_parallel_size,
         )
 
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """`v1/worker/utils.py: request_memory`."""
         return ceil(device.total_bytes * resolved.gpu_memory_utilization.value)
+
+    def pool_blocks(self, available_blocks: int, layout: KVLayout, resolved: Resolved) -> int:
+        """The user may say how many blocks there are, whatever fits."""
+        return resolved.asked.num_gpu_blocks_override or available_blocks
 
     def refusal(self, needed_bytes: int, available_bytes: int, longest: int, length: int) -> str:
         """`v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory`, word for word."""
@@ -172,12 +243,56 @@ class VLLM(Engine):
 _SEE_DOCS = "See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
 
 
+def _unless(value: int, default: int) -> int | None:
+    return None if value == default else value
+
+
+def _quantization(spec: ModelSpec, options: PlanOptions) -> Option[str | None]:
+    if options.quantization is not None:
+        return Option(value=options.quantization, origin="flag")
+    name = None if spec.quantization is None else spec.quantization.name
+    return Option(value=name, origin="config")
+
+
+def _latents(spec: ModelSpec) -> list[LatentAttention]:
+    mixers = (mixer for layer in spec.layers for mixer in layer.mixers)
+    return [mixer for mixer in mixers if isinstance(mixer, LatentAttention) and mixer.absorbed]
+
+
+def _packed_latents(spec: ModelSpec, dtype: Option[str]) -> Option[str]:
+    """Sparse attention has rows of its own for an fp8 cache (`models/config.py`)."""
+    sparse = any(latent.index_topk for latent in _latents(spec))
+    if sparse and dtype.value.startswith("F8"):
+        return Option(value="fp8_ds_mla", origin=dtype.origin)
+    return dtype
+
+
+def _block_size(spec: ModelSpec, kv_dtype: str) -> int:
+    """`platforms/cuda.py`: the smallest block that the attention backend takes on Hopper."""
+    latents = _latents(spec)
+    if latents and (kv_dtype.startswith(("F8", "fp8")) or any(one.index_topk for one in latents)):
+        return _LATENT_BLOCK
+    return 16
+
+
+def _cache_dtypes(resolved: Resolved) -> CacheDtypes:
+    asked, model = resolved.asked, resolved.dtype.value
+    conv = model if asked.mamba_cache_dtype == "auto" else TORCH_DTYPES[asked.mamba_cache_dtype]
+    ssm = asked.mamba_ssm_cache_dtype
+    return CacheDtypes(
+        tokens=resolved.kv_cache_dtype.value,
+        conv=conv,
+        ssm=conv if ssm == "auto" else TORCH_DTYPES[ssm],
+    )
+
+
 def _batch_defaults(rules: Rules, device: Device | None, entrypoint: str) -> tuple[int, int]:
     """`max_num_batched_tokens` and `max_num_seqs` by device and entry point."""
     server = entrypoint == "server"
     total_bytes = device.total_bytes if device else 80 * GiB
     if total_bytes >= 160 * GiB:
         return (rules.large_server_tokens if server else 16384), 1024
-    if total_bytes >= 70 * GiB and not (device and device.name.startswith("a100")):
+    a100 = device is not None and device.name.startswith("a100")
+    if total_bytes >= 70 * GiB and (rules.large_a100 or not a100):
         return (8192 if server else 16384), 1024
     return (2048 if server else 8192), 256

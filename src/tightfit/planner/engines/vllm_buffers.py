@@ -6,8 +6,9 @@ Sources (vLLM 0.25.1 and 0.32.0): `layers/rotary_embedding/`, `v1/worker/gpu/sta
 """
 
 from tightfit.model.blocks.attention import Rope
+from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.spec import ropes
-from tightfit.planner.engines.vllm_setting import Setting
+from tightfit.planner.engines.vllm_setting import Setting, arithmetic
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv, round_up
 
@@ -24,14 +25,28 @@ def after_load(setting: Setting) -> Component:
     ]
     sizes = setting.tensor_sizes()
     lost = sum(round_up(size, _SEGMENT) - size for size in sizes if size >= _UNSHARED)
+    absorbed = _absorbed(setting)
+    formula = "rope tables (positions x rotary_dim x b): " + " + ".join(map(str, tables))
+    formula += f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}"
+    if absorbed:
+        formula += f"; copies of kv_b_proj that latent attention absorbs: {absorbed}"
     return Component(
         name="weights_after_load",
-        planned_bytes=sum(tables) + lost,
+        planned_bytes=sum(tables) + lost + absorbed,
         origin="derived",
-        formula="rope tables (positions x rotary_dim x b): "
-        + " + ".join(map(str, tables))
-        + f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}",
+        formula=formula,
     )
+
+
+def _absorbed(setting: Setting) -> int:
+    """`mla_attention.py: process_weights_after_loading`: views before 0.27, unless widened."""
+    if not setting.rules.copies_absorbed and arithmetic(setting.spec) == "plain":
+        return 0
+    mixers = (mixer for layer in setting.layers for mixer in layer.mixers)
+    elements = sum(
+        m.absorbed_elements(setting.rank) for m in mixers if isinstance(m, LatentAttention)
+    )
+    return elements * setting.element_bytes
 
 
 def _table_rows(rope: Rope) -> int:
@@ -42,7 +57,7 @@ def _table_rows(rope: Rope) -> int:
     original = scaling.get("original_max_position_embeddings", rows)
     if kind in ("linear", "dynamic"):
         return int(rows * factor)
-    if kind == "yarn":
+    if kind in ("yarn", "deepseek_yarn"):
         return int(original * factor)
     return rows + original if kind == "longrope" else rows
 
@@ -96,13 +111,13 @@ def block_tables(setting: Setting) -> Component:
         name="block_tables",
         planned_bytes=2 * _table_bytes(setting),
         origin="derived",
-        formula=f"{setting.kv_groups} groups x 2 x (N x blocks of {setting.max_model_len} tokens "
-        f"x 4 + 8 x M) with N = {setting.max_num_seqs}",
+        formula=f"{len(setting.kv.groups)} groups x 2 x (N x blocks of {setting.max_model_len} "
+        f"tokens x 4 + 8 x M) with N = {setting.max_num_seqs}",
         inside_budget=False,
     )
 
 
 def _table_bytes(setting: Setting) -> int:
-    blocks = cdiv(round_up(setting.max_model_len, 128), setting.block_size)
+    blocks = cdiv(round_up(setting.max_model_len, 128), setting.kv.block_size)
     table = setting.max_num_seqs * blocks * 4 + setting.max_num_batched_tokens * 8
-    return setting.kv_groups * table
+    return len(setting.kv.groups) * table

@@ -1,55 +1,21 @@
-"""CUDA graphs: which sizes vLLM captures, and what they hold.
+"""What CUDA graphs hold.
 
-Sizes: `config/vllm.py: _set_cudagraph_sizes`. Memory: graphs share a pool that holds the tensors of
-the largest capture once, FlashAttention's split accumulators first among them; the driver keeps the
-kernels' nodes, in proportion to graphs and layers. Estimates: `profile_cudagraph_memory` of the
-runners.
+They share a pool that holds the tensors of the largest capture once, FlashAttention's split
+accumulators first among them; the driver keeps the kernels' nodes, in proportion to graphs and
+layers. Estimates: `profile_cudagraph_memory` of the runners.
 """
 
-from tightfit.errors import UsageError
+from tightfit.model.blocks.attention import Attention
+from tightfit.model.blocks.base import Mixer
+from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
-from tightfit.planner.engines.vllm_setting import Setting, calibration
-from tightfit.planner.engines.vllm_step import CUBLAS_WORKSPACE
+from tightfit.planner.engines.vllm_setting import Setting, arithmetic, calibration, mixer_widths
+from tightfit.planner.engines.vllm_step import CUBLAS_WORKSPACE, moe_workspace
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv
 
 SPLITS = 32
 """VLLM_FLASH_ATTN_MAX_NUM_SPLITS_FOR_CUDA_GRAPH."""
-
-
-def capture_sizes(
-    *,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    given: tuple[int, ...] | None = None,
-    maximum: int | None = None,
-    limit: int = 512,
-    with_limits: bool = True,
-) -> tuple[int, ...]:
-    """The batch sizes that are captured.
-
-    With `with_limits` the largest batches themselves are added where the pattern misses them.
-
-    Raises:
-        UsageError: sizes that contradict each other.
-    """
-    if given is not None:
-        sizes = tuple(sorted({size for size in given if size <= max_num_batched_tokens}))
-        if maximum is not None and (not sizes or sizes[-1] != maximum):
-            raise UsageError(
-                f"--max-cudagraph-capture-size {maximum} is not the largest of "
-                f"--cudagraph-capture-sizes {' '.join(map(str, given))}",
-                hint="give one of them",
-            )
-        return sizes
-    top = min(maximum or min(2 * max_num_seqs, limit), max_num_batched_tokens)
-    found = {size for size in (1, 2, 4, *range(8, 256, 8)) if size <= top}
-    found |= set(range(256, top + 1, 16))
-    if with_limits:
-        found |= {max_num_batched_tokens} & set(range(top + 1))
-        if maximum is None:
-            found |= {max_num_seqs} & set(range(top + 1))
-    return tuple(sorted(found))
 
 
 def graphs(setting: Setting) -> Component | None:
@@ -64,7 +30,8 @@ def graphs(setting: Setting) -> Component | None:
     else:
         charged, inside = _estimate_v1(setting), True
     full = len(_full_sizes(setting))
-    formula = f"{len(sizes)} piecewise and {full} full graphs up to {sizes[-1]} tokens: {terms}"
+    pieces = len(_piecewise_sizes(setting))
+    formula = f"{pieces} piecewise and {full} full graphs up to {sizes[-1]} tokens: {terms}"
     if inside:
         formula += f" = {captured}; vLLM's estimate, which it subtracts: {charged}"
     return Component(
@@ -79,42 +46,63 @@ def graphs(setting: Setting) -> Component | None:
 
 def _full_sizes(setting: Setting) -> list[int]:
     """Full graphs are captured for batches of decodes only."""
+    if not setting.cudagraph_mode.startswith("FULL"):
+        return []
     return [size for size in setting.capture_sizes if size <= setting.max_num_seqs]
+
+
+def _piecewise_sizes(setting: Setting) -> tuple[int, ...]:
+    return setting.capture_sizes if setting.cudagraph_mode.endswith("PIECEWISE") else ()
 
 
 def _accumulators(setting: Setting) -> int:
     """FlashAttention's partial results: splits x tokens x query features x float32."""
     largest = max(_full_sizes(setting), default=0)
-    features = max(setting.heads(layer)[0] for layer in setting.layers)
+    mixers = {mixer for layer in setting.kinds for mixer in layer.mixers}
+    features = max((_attended(mixer, setting) for mixer in mixers), default=0)
     return SPLITS * largest * features * 4
+
+
+def _attended(mixer: Mixer, setting: Setting) -> int:
+    """Features that attention gives back for a token, before they are projected."""
+    if isinstance(mixer, LatentAttention):
+        # The absorbed form sums latents, and the V1 runner captures it twice.
+        copies = 2 if setting.runner == "v1" else 1
+        return copies * mixer.heads(mixer.kv_lora_rank).span(setting.rank)[1]
+    return mixer_widths(mixer, setting.rank)[0] if not mixer.is_recurrent else 0
 
 
 def _step(setting: Setting) -> int:
     """The tensors of a layer at the largest captured size."""
     widths = []
     for layer in setting.layers:
-        q, kv = setting.heads(layer)
+        q, kv = setting.widths(layer)
         inner = 0 if isinstance(layer.mlp, MoE) else 3 * setting.inner(layer)
         widths.append(6 * setting.spec.hidden_size + max(inner, 3 * q + 3 * kv))
     return setting.capture_sizes[-1] * max(widths) * setting.element_bytes
 
 
 def _driver(setting: Setting) -> int:
-    return len(setting.capture_sizes) * _piecewise(setting) + len(_full_sizes(setting)) * _full(
-        setting
-    )
+    pieces = len(_piecewise_sizes(setting)) * _piecewise(setting)
+    cases = 2 if setting.options.enable_lora else 1
+    return cases * (pieces + len(_full_sizes(setting)) * _full(setting))
+
+
+def _splits(setting: Setting) -> int:
+    """Layers at which a piecewise graph is interrupted."""
+    return sum(bool(layer.mixers) for layer in setting.layers)
 
 
 def _piecewise(setting: Setting) -> int:
     """What the driver keeps of one piecewise graph: a small graph per layer."""
     data = calibration()["graphs"]
     each = int(data["driver_bytes_per_piecewise_layer"])
-    return int(data["driver_bytes_per_piecewise"]) + each * len(setting.layers)
+    return int(data["driver_bytes_per_piecewise"]) + each * _splits(setting)
 
 
 def _full(setting: Setting) -> int:
     """What the driver keeps of one full graph."""
-    return int(calibration()["graphs"]["driver_bytes_per_full_layer"]) * len(setting.layers)
+    return int(calibration()["graphs"]["driver_bytes_per_full_layer"]) * _splits(setting)
 
 
 def _pool(setting: Setting) -> int:
@@ -140,7 +128,7 @@ def _captured(setting: Setting) -> tuple[int, str]:
 
 def _estimate_v2(setting: Setting) -> int:
     """All piecewise graphs, and the largest two full ones with the second one repeated."""
-    kept = len(setting.capture_sizes) * _piecewise(setting)
+    kept = len(_piecewise_sizes(setting)) * _piecewise(setting)
     kept += len(_full_sizes(setting)) * max(_full(setting), MiB)
     return _accumulators(setting) + _pool(setting) + kept
 
@@ -150,9 +138,38 @@ def _estimate_v1(setting: Setting) -> int:
 
     Seconds as measured: the driver grows by whole 2 MiB, or not at all below 16 layers.
     """
-    layers = len(setting.layers)
+    layers = _splits(setting)
     piecewise = 2 * MiB * cdiv(layers, 16) if layers >= 16 else MiB
     full = 2 * MiB if layers >= 40 else MiB
-    first = max(_accumulators(setting) + 2 * MiB, _step(setting) + 2 * CUBLAS_WORKSPACE)
-    count = len(_full_sizes(setting))
-    return first + (len(setting.capture_sizes) - 1) * piecewise + max(count - 1, 0) * full
+    working = _step(setting) + 2 * CUBLAS_WORKSPACE + _chosen_experts(setting)
+    first = max(_tried_accumulators(setting), working) + _kernel_growth(setting)
+    pieces, count = len(_piecewise_sizes(setting)), len(_full_sizes(setting))
+    return first + max(pieces - 1, 0) * piecewise + max(count - 1, 0) * full
+
+
+def _tried_accumulators(setting: Setting) -> int:
+    """On trial, attention with sinks takes the kernel that does not split."""
+    mixers = (mixer for layer in setting.kinds for mixer in layer.mixers)
+    if any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers):
+        return 0
+    return _accumulators(setting) + 2 * MiB
+
+
+def _chosen_experts(setting: Setting) -> int:
+    """The experts' tensors, where they are not in the shared workspace: gpt-oss."""
+    sizes = [
+        setting.capture_sizes[-1] * layer.mlp.top_k * 3 * setting.inner(layer)
+        for layer in setting.kinds
+        if isinstance(layer.mlp, MoE) and not moe_workspace(setting)
+    ]
+    return max(sizes, default=0) * setting.element_bytes
+
+
+def _kernel_growth(setting: Setting) -> int:
+    """Kernels that are first loaded during the trial, by models that have their own."""
+    own = arithmetic(setting.spec) == "fp8_block" or any(
+        mixer.is_recurrent or isinstance(mixer, LatentAttention)
+        for layer in setting.kinds
+        for mixer in layer.mixers
+    )
+    return int(calibration()["graphs"]["v1_own_kernels_bytes"]) if own else 0

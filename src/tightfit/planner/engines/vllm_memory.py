@@ -5,7 +5,9 @@ the share of the device that `gpu_memory_utilization` leaves, and shows in the d
 """
 
 from tightfit.planner.engines.vllm_buffers import after_load, block_tables, persistent_buffers
+from tightfit.planner.engines.vllm_encoder import encoder
 from tightfit.planner.engines.vllm_graphs import graphs
+from tightfit.planner.engines.vllm_lora import lora
 from tightfit.planner.engines.vllm_setting import Setting, calibration
 from tightfit.planner.engines.vllm_step import step_bytes, step_components
 from tightfit.planner.plan import Component
@@ -13,7 +15,8 @@ from tightfit.planner.plan import Component
 
 def components(setting: Setting) -> tuple[Component, ...]:
     """The lines of the budget, and those outside it."""
-    found = [after_load(setting), *step_components(setting), persistent_buffers(setting)]
+    found = [after_load(setting), *lora(setting)]
+    found += [*step_components(setting), *encoder(setting), persistent_buffers(setting)]
     if setting.runner == "v2":
         found.append(block_tables(setting))
     captured = graphs(setting)

@@ -8,13 +8,17 @@ from importlib.resources import files
 from math import prod
 from typing import Any
 
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Attention
+from tightfit.model.blocks.base import Mixer, Place
+from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
-from tightfit.model.layout import Rank, pipeline_layers
-from tightfit.model.parameters import VOCAB_PADDING, parameters
+from tightfit.model.layout import Cut, Rank, pipeline_layers
+from tightfit.model.parameters import VOCAB_PADDING, loaded_parameters
 from tightfit.model.spec import Layer, ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.vllm_versions import Rules
+from tightfit.planner.kv_cache import KVLayout
+from tightfit.planner.options import PlanOptions
 from tightfit.planner.weights import held
 from tightfit.units import dtype_bytes, round_up
 
@@ -27,15 +31,16 @@ class Setting:
     rank: Rank
     rules: Rules
     device: Device | None
+    options: PlanOptions
     runner: str
     eager: bool
+    cudagraph_mode: str
     capture_sizes: tuple[int, ...]
     element_bytes: int
     max_num_batched_tokens: int
     max_num_seqs: int
     max_model_len: int
-    block_size: int
-    kv_groups: int
+    kv: KVLayout
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -60,6 +65,11 @@ class Setting:
         return tuple(self.spec.layers[i] for i in span)
 
     @property
+    def kinds(self) -> tuple[Layer, ...]:
+        """The layers of the stage, one of each kind."""
+        return tuple(dict.fromkeys(self.layers))
+
+    @property
     def has_experts(self) -> bool:
         """Whether a layer is a mixture of experts."""
         return any(isinstance(layer.mlp, MoE) for layer in self.spec.layers)
@@ -79,15 +89,20 @@ class Setting:
         """One tensor of hidden states, M x H x b."""
         return self.max_num_batched_tokens * self.spec.hidden_size * self.element_bytes
 
-    def heads(self, layer: Layer) -> tuple[int, int]:
-        """Features of the rank's query and KV heads."""
-        queries, keys = head_axes(layer.attention)
-        return queries.span(self.rank)[1], keys.span(self.rank)[1]
+    def widths(self, layer: Layer) -> tuple[int, int]:
+        """Features of the rank's queries, and of its keys (or values), in the widest mixer."""
+        found = [mixer_widths(mixer, self.rank) for mixer in layer.mixers]
+        return max(found, default=(0, 0))
 
     def inner(self, layer: Layer) -> int:
         """Rows of the rank's share of the MLP, or of one expert."""
-        size = 0 if layer.mlp is None else layer.mlp.intermediate_size
-        return size // self.tensor_parallel_size
+        if layer.mlp is None:
+            return 0
+        if isinstance(layer.mlp, MoE):
+            parallel = self.rank.parallel
+            shares = 1 if parallel.expert_parallel else parallel.expert_ranks
+            return layer.mlp.intermediate_size // shares
+        return layer.mlp.intermediate_size // self.tensor_parallel_size
 
     @property
     def chip(self) -> Mapping[str, int]:
@@ -96,18 +111,49 @@ class Setting:
 
     def tensor_sizes(self) -> list[int]:
         """Bytes of each parameter of the rank."""
+        default = {2: "BF16", 4: "F32"}.get(self.element_bytes, "BF16")
         return [
-            dtype_bytes(weight.dtype, elements) if weight.dtype else elements * self.element_bytes
+            dtype_bytes(weight.held_dtype(default), elements)
             for weight in held(self.spec, self.rank)
             if (elements := prod(weight.rank_shape(self.rank)))
         ]
 
 
-def quantized(spec: ModelSpec) -> bool:
-    """Whether linear layers multiply in fp8."""
-    return spec.quantization is not None and any(
-        weight.dtype == "F8_E4M3" for weight in parameters(spec)
-    )
+@lru_cache(maxsize=256)
+def mixer_widths(mixer: Mixer, rank: Rank) -> tuple[int, int]:
+    """Features that a mixer's first projection makes on a rank: (queries, keys or values).
+
+    A recurrence has all of its inputs as queries, and what it gives back as values.
+    """
+    if isinstance(mixer, LatentAttention):
+        return mixer.heads(mixer.qk_head_dim).span(rank)[1], mixer.latent_size
+    made = given = 0
+    for weight in mixer.weights(Place(prefix="", where=0, hidden_size=1)):
+        if weight.linear and weight.cut is Cut.OUTPUT:
+            made = max(made, weight.rank_shape(rank)[-2])
+        if weight.linear and weight.cut is Cut.INPUT:
+            given = max(given, weight.rank_shape(rank)[-1])
+    if isinstance(mixer, Attention):
+        return given, max(made - given, 0) // 2
+    return made, given
+
+
+@lru_cache(maxsize=8)
+def arithmetic(spec: ModelSpec) -> str:
+    """How most linear layers multiply: `plain`, `fp8`, `fp8_block`, `int8`, or `packed`.
+
+    Packed weights are widened as they are multiplied; the others quantize activations too.
+    """
+    if spec.quantization is None:
+        return "plain"
+    matrices = [w for w in loaded_parameters(spec) if w.columns is not None and not w.experts]
+    dtypes = {weight.dtype for weight in matrices}
+    if "F8_E4M3" in dtypes:
+        scales = (w for w in matrices if "_scale" in w.name and w.dtype in ("F32", "F8_E8M0"))
+        return "fp8_block" if any((w.columns or 0) > 1 for w in scales) else "fp8"
+    if "I8" in dtypes:
+        return "int8"
+    return "packed" if dtypes & {"I32", "U8", "F4"} else "plain"
 
 
 @lru_cache(maxsize=1)

@@ -6,9 +6,11 @@ M is max_num_batched_tokens, N max_num_seqs, H the hidden size, Q and KV the fea
 query and KV heads, I its share of the inner size, V the padded vocabulary, b bytes of an element.
 """
 
+from tightfit.model.blocks.attention import Attention
+from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
 from tightfit.model.spec import Layer
-from tightfit.planner.engines.vllm_setting import Setting, quantized
+from tightfit.planner.engines.vllm_setting import Setting, arithmetic, mixer_widths
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv
 
@@ -23,13 +25,13 @@ Stages = dict[str, int]
 def step_components(setting: Setting) -> list[Component]:
     """`activations`, `logits_and_sampler` and `moe_workspace`, whose sum is the peak."""
     workspace = moe_workspace(setting)
-    kept = CUBLAS_WORKSPACE
-    if any(layer.attention.qkv_bias for layer in setting.layers):
-        kept += CUBLASLT_WORKSPACE
+    kept = _cublas(setting)
     name, largest = _largest(_layer_stages(setting, kept))
-    compile_name, compiling = _largest(_compile_stages(setting))
-    if compiling > largest + workspace:
-        name, largest = compile_name, compiling - workspace
+    # Before the first experts run, their workspace is not there.
+    for early in (_layer_stages(setting, kept, early=True), _compile_stages(setting)):
+        early_name, size = _largest(early)
+        if size > largest + workspace:
+            name, largest = early_name, size - workspace
     sizes = (
         f"M = {setting.max_num_batched_tokens}, H = {setting.spec.hidden_size}, "
         f"b = {setting.element_bytes}"
@@ -45,7 +47,8 @@ def step_components(setting: Setting) -> list[Component]:
     ]
     if setting.last_stage:
         name, sampling = _largest(_sampler_stages(setting))
-        sampling += kept
+        # The logits are computed by cuBLAS, whatever the layers use.
+        sampling += max(kept, CUBLAS_WORKSPACE)
         components.append(
             Component(
                 name="logits_and_sampler",
@@ -57,101 +60,175 @@ def step_components(setting: Setting) -> list[Component]:
             )
         )
     if workspace:
-        moe = next(layer for layer in setting.layers if isinstance(layer.mlp, MoE))
-        assert isinstance(moe.mlp, MoE)
-        components.append(
-            Component(
-                name="moe_workspace",
-                planned_bytes=workspace,
-                origin="derived",
-                formula=f"M x top_k x (max(I, H) + max(2I, H)) x b = "
-                f"{setting.max_num_batched_tokens} x {moe.mlp.top_k} x "
-                f"(max({setting.inner(moe)}, {setting.spec.hidden_size}) + "
-                f"max({2 * setting.inner(moe)}, {setting.spec.hidden_size})) x "
-                f"{setting.element_bytes}, kept from the profile run on",
-            )
-        )
+        components.append(_workspace_component(setting, workspace))
     return components
 
 
+def _cublas(setting: Setting) -> int:
+    """What the libraries of the layers' products keep; quantized ones have kernels of their own."""
+    if arithmetic(setting.spec) not in ("plain", "fp8_block"):
+        return 0
+    kept = CUBLAS_WORKSPACE
+    mixers = {mixer for layer in setting.kinds for mixer in layer.mixers}
+    if any(isinstance(mixer, Attention) and mixer.qkv_bias for mixer in mixers):
+        kept += CUBLASLT_WORKSPACE
+    return kept
+
+
+def _workspace_component(setting: Setting, workspace: int) -> Component:
+    moe = next(layer for layer in setting.layers if isinstance(layer.mlp, MoE))
+    assert isinstance(moe.mlp, MoE)
+    width = moe.mlp.latent_size or setting.spec.hidden_size
+    return Component(
+        name="moe_workspace",
+        planned_bytes=workspace,
+        origin="derived",
+        formula=f"M x top_k x (max(I, H) + max(2I, H)) x b = "
+        f"{setting.max_num_batched_tokens} x {moe.mlp.top_k} x "
+        f"(max({setting.inner(moe)}, {width}) + max({2 * setting.inner(moe)}, {width})) x "
+        f"{setting.element_bytes}, kept from the profile run on",
+    )
+
+
 def moe_workspace(setting: Setting) -> int:
-    """`layers/fused_moe/modular_kernel.py`: two buffers for all chosen experts of all tokens."""
+    """`layers/fused_moe/modular_kernel.py`: two buffers for all chosen experts of all tokens.
+
+    gpt-oss has kernels of its own (`experts/gpt_oss_triton_kernels_moe.py`), which need none.
+    """
     found = 0
-    for layer in set(setting.layers):
-        if isinstance(layer.mlp, MoE):
-            hidden, inner = setting.spec.hidden_size, setting.inner(layer)
+    for layer in setting.kinds:
+        if isinstance(layer.mlp, MoE) and setting.spec.architecture != "GptOssForCausalLM":
+            hidden, inner = layer.mlp.latent_size or setting.spec.hidden_size, setting.inner(layer)
             rows = setting.max_num_batched_tokens * layer.mlp.top_k
-            pair = rows * (max(inner, hidden) + max(2 * inner, hidden))
+            made = 2 * inner if layer.mlp.gated else inner
+            pair = rows * (max(inner, hidden) + max(made, hidden))
             found = max(found, pair * setting.element_bytes)
     return found
 
 
 def step_bytes(setting: Setting) -> tuple[int, int]:
     """What a full step leaves in the allocator's cache, and the largest single tensor of it."""
-    stages = [_layer_peak(setting, layer) for layer in set(setting.layers)]
+    stages = [_layer_peak(setting, layer) for layer in setting.kinds]
     return max(max(s.values()) for s in stages), max(
-        _largest_tensor(setting, layer) for layer in set(setting.layers)
+        _largest_tensor(setting, layer) for layer in setting.kinds
     )
 
 
 def _largest_tensor(setting: Setting, layer: Layer) -> int:
-    q, kv = setting.heads(layer)
+    q, kv = setting.widths(layer)
     width = q + 2 * kv
     if not isinstance(layer.mlp, MoE):
         width = max(width, 2 * setting.inner(layer))
     return setting.max_num_batched_tokens * width * setting.element_bytes
 
 
-def _layer_stages(setting: Setting, kept: int) -> Stages:
-    """The largest moments of a layer, with what cuBLAS keeps."""
-    stages: Stages = {}
-    l2 = 0 if setting.eager or quantized(setting.spec) else setting.chip["l2_bytes"]
-    for layer in set(setting.layers):
+def _layer_stages(setting: Setting, kept: int, *, early: bool = False) -> Stages:
+    """The largest moments of a layer, with what cuBLAS keeps; `early` ones precede all experts."""
+    stages: Stages = {"nothing": 0}
+    block = arithmetic(setting.spec) == "fp8_block"
+    l2 = 0 if setting.eager or block else setting.chip["l2_bytes"]
+    for layer in _before_experts(setting.layers, early):
         for name, size in _layer_peak(setting, layer).items():
             # Inductor times its kernels in the first run, and flushes the L2 cache with a buffer.
             flush = l2 if name.startswith("MLP") else 0
-            label = f"{name} + cuBLAS's workspace"
+            label = f"{name} + what cuBLAS keeps"
             label += " + a buffer as large as the L2 cache, used to time kernels" if flush else ""
             stages[label] = max(stages.get(label, 0), size + kept + flush)
     return stages
+
+
+def _before_experts(layers: tuple[Layer, ...], early: bool) -> dict[Layer, None]:
+    """The kinds of layers before the first with experts, or from there on."""
+    first = next((i for i, layer in enumerate(layers) if isinstance(layer.mlp, MoE)), 0)
+    return dict.fromkeys(layers[:first] if early else layers[first:])
 
 
 def _layer_peak(setting: Setting, layer: Layer) -> Stages:
     """The residual stream, the output of attention and one more tensor live through the MLP."""
     tokens, b = setting.max_num_batched_tokens, setting.element_bytes
     hidden = setting.hidden_bytes
-    q, kv = setting.heads(layer)
-    around = 2 * hidden + tokens * q * b
-    stages = {
-        f"attention (3H + 3Q + 3KV) x M x b with Q = {q}, KV = {kv}": around
-        + hidden
-        + tokens * (2 * q + 3 * kv) * b
-    }
-    if isinstance(layer.mlp, MoE):
-        return stages
+    stages: Stages = {}
+    q, _ = setting.widths(layer)
+    for mixer in layer.mixers:
+        if isinstance(mixer, LatentAttention):
+            stages |= _latent_stage(setting, mixer)
+        elif mixer.is_recurrent:
+            made, given = mixer_widths(mixer, setting.rank)
+            name = f"recurrence (3H + 2P + 2I) x M x b with P = {made}, I = {given}"
+            stages[name] = 3 * hidden + 2 * tokens * (made + given) * b
+        else:
+            q, kv = mixer_widths(mixer, setting.rank)
+            name = f"attention (3H + 3Q + 3KV) x M x b with Q = {q}, KV = {kv}"
+            stages[name] = 3 * hidden + 3 * tokens * (q + kv) * b
+    if isinstance(layer.mlp, MoE) or layer.mlp is None:
+        return stages or {"one layer's output H x M x b": hidden}
+    recurrent = any(mixer.is_recurrent for mixer in layer.mixers)
+    latent = any(isinstance(mixer, LatentAttention) for mixer in layer.mixers)
+    around = 2 * hidden + (0 if recurrent or latent or not layer.mixers else tokens * q * b)
     inner = setting.inner(layer)
-    if quantized(setting.spec):
-        # Activations are quantized as they are made, with one float32 scale for 128 of them.
-        size = around + tokens * (2 * inner * b + inner + cdiv(inner, 128) * 4)
+    kind = arithmetic(setting.spec)
+    if kind in ("fp8", "fp8_block"):
+        # Activations are quantized as they are made, by blocks with a float32 scale for 128.
+        scales = cdiv(inner, 128) * 4 if kind == "fp8_block" else 0
+        size = around + tokens * (2 * inner * b + inner + scales)
         return {**stages, f"MLP (2H + Q + 2I) x M x b + I x M with I = {inner}": size}
-    size = around + 3 * tokens * inner * b
-    return {**stages, f"MLP (2H + Q + 3I) x M x b with I = {inner}": size}
+    made = 3 if layer.mlp.gated else 2
+    size = around + made * tokens * inner * b
+    if kind == "int8":
+        size += tokens * inner
+        return {**stages, f"MLP (2H + Q + {made}I) x M x b + I x M with I = {inner}": size}
+    return {**stages, f"MLP (2H + Q + {made}I) x M x b with I = {inner}": size}
+
+
+_LATENT_ROWS = 65_536
+"""Tokens of context that prefill widens at a time (`mla_attention.py: determine_chunked_...`)."""
+
+
+def _latent_stage(setting: Setting, mixer: LatentAttention) -> Stages:
+    """The widened keys and values of a long context, allocated once at their worst.
+
+    With the V1 runner more of the hidden states of earlier pieces are alive.
+    """
+    tokens, b = setting.max_num_batched_tokens, setting.element_bytes
+    size = setting.kv.block_size
+    rows = max(8 * setting.max_model_len, 4 * setting.max_num_seqs * size)
+    rows = max(min(rows, _LATENT_ROWS), setting.max_num_seqs * size)
+    wide = mixer.heads(mixer.qk_nope_head_dim + mixer.v_head_dim).span(setting.rank)[1]
+    q = mixer.heads(mixer.qk_head_dim).span(setting.rank)[1]
+    out = mixer.heads(mixer.v_head_dim).span(setting.rank)[1]
+    small = tokens * (mixer.kv_lora_rank + mixer.qk_rope_head_dim) * b
+    outs, hiddens = (2, 7) if setting.runner == "v1" else (1, 1)
+    total = rows * wide * b + tokens * (q + outs * out) * b + hiddens * setting.hidden_bytes + small
+    name = (
+        f"latent attention: {rows} rows x {wide} x b + (Q + {outs} V + {hiddens} H + L) x M x b "
+        f"with Q = {q}, V = {out}, L = {mixer.latent_size}"
+    )
+    return {name: total}
 
 
 def _compile_stages(setting: Setting) -> Stages:
     """`torch.compile` times the fused kernels on tensors of its own before anything is run.
 
-    That happens when the compile cache is cold; the largest is the kernel that reads the embedding.
+    That happens when the compile cache is cold; the largest are the kernel that reads the
+    embedding, and where activations are quantized as a tensor, the MLP.
     """
-    if setting.eager or not setting.first_stage:
+    if setting.eager:
         return {"nothing": 0}
-    b = setting.element_bytes
-    rows = setting.vocab // setting.tensor_parallel_size
-    table = rows * setting.spec.hidden_size * b
-    written = setting.hidden_bytes
-    written += setting.hidden_bytes // (b if quantized(setting.spec) else 1)
-    name = f"compiling the embedding's kernel, a second table {rows} x H x b and what it writes"
-    return {name: table + written}
+    b, tokens = setting.element_bytes, setting.max_num_batched_tokens
+    kind = arithmetic(setting.spec)
+    stages: Stages = {"nothing": 0}
+    if kind == "fp8":
+        inner = max((setting.inner(layer) for layer in setting.kinds), default=0)
+        name = f"compiling the MLP's kernels (2H + 3I) x M x b + I x M with I = {inner}"
+        stages[name] = 2 * setting.hidden_bytes + tokens * inner * (3 * b + 1)
+    if setting.first_stage:
+        rows = setting.vocab // setting.tensor_parallel_size
+        table = rows * setting.spec.hidden_size * b
+        written = setting.hidden_bytes
+        written += setting.hidden_bytes // (b if kind == "fp8_block" else 1)
+        name = f"compiling the embedding's kernel, a second table {rows} x H x b and what it writes"
+        stages[name] = table + written
+    return stages
 
 
 def _sampler_stages(setting: Setting) -> Stages:
@@ -160,7 +237,11 @@ def _sampler_stages(setting: Setting) -> Stages:
     chosen = n * setting.spec.hidden_size * b
     base = setting.hidden_bytes + chosen + n * v * b
     if setting.runner == "v1":
+        if setting.rules.native_sampler:
+            name = "hidden states, logits, float32 copies, and the sorted logits with their places"
+            return {name: base + chosen + n * v * _SORTED_BYTES}
         top = min(n, setting.chip["multiprocessors"]) * v * 4
+        base += _lingering(setting)
         name = f"hidden states, logits, 3 float32 copies, {top // v // 4} rows for top-k and top-p"
         return {name: base + chosen + 3 * n * v * 4 + top}
     noise = n * cdiv(v, 1024) * 12
@@ -168,9 +249,25 @@ def _sampler_stages(setting: Setting) -> Stages:
     if setting.tensor_parallel_size > 1:
         share = n * v // setting.tensor_parallel_size * b
         stages["hidden states, logits and the rank's share of them"] = base + share
-    if setting.rules.v2_profile_copies_logits:
+    if setting.rules.v2_copies_logits:
         stages["hidden states, logits and a float32 copy"] = base + n * v * 4 + noise
     return stages
+
+
+def _lingering(setting: Setting) -> int:
+    """With latent attention and the V1 runner, pieces of the last step are alive while sampling."""
+    found = 0
+    for mixer in {mixer for layer in setting.kinds for mixer in layer.mixers}:
+        if isinstance(mixer, LatentAttention) and mixer.absorbed:
+            q = mixer.heads(mixer.qk_head_dim + mixer.v_head_dim).span(setting.rank)[1]
+            features = 2 * q + 6 * setting.spec.hidden_size + mixer.latent_size
+            found = max(found, setting.max_num_batched_tokens * features * setting.element_bytes)
+    return found
+
+
+_SORTED_BYTES = 36
+"""For each logit: float32 logits and their copy, sorted values and int64 places, probabilities and
+their sums, and a mask (`v1/sample/ops/topk_topp_sampler.py: apply_top_k_top_p`)."""
 
 
 def _largest(stages: Stages) -> tuple[str, int]:

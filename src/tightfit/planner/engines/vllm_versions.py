@@ -1,12 +1,16 @@
-"""What differs between the modelled versions of vLLM.
+"""What differs between versions of vLLM, 0.8 to 0.33.
 
-Read in the sources of 0.25.1 and 0.32.0: `v1/worker/gpu_worker.py: determine_available_memory`,
-`v1/worker/gpu/model_runner.py`, `v1/worker/gpu/sample/sampler.py`, `config/vllm.py`,
-`v1/kv_cache_interface.py` and `engine/arg_utils.py`.
+Read in the sources of the versions named below: `v1/worker/gpu_worker.py:
+determine_available_memory`, `v1/worker/gpu/model_runner.py`, `config/vllm.py`,
+`v1/kv_cache_interface.py`, `v1/core/kv_cache_utils.py` and `engine/arg_utils.py`. A version between
+two of them is planned as the one before. The constants come from 0.25.1 (`vllm_calibration.json`);
+for the others they are carried over.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from tightfit.errors import UsageError
 from tightfit.model.blocks.mlp import MoE
@@ -15,67 +19,211 @@ from tightfit.model.spec import ModelSpec
 DEFAULT_VERSION = "0.32.0"
 
 
+class Charge(Enum):
+    """What the budget pays for besides the pool."""
+
+    ABSOLUTE = "absolute"
+    """Everything on the device: also the CUDA context, and other processes."""
+    GROWTH = "growth"
+    """Weights, the peak above them, and the growth outside torch; buffers made between loading and
+    profiling escape."""
+    FREE_MEMORY = "free memory"
+    """Whatever has become less free since the first look, and the peak above it."""
+
+
+class Captures(Enum):
+    """The default list of captured sizes."""
+
+    EIGHTS = "eights"
+    """1, 2, 4, and multiples of 8 up to 512, whatever max_num_seqs is."""
+    EIGHTS_OF_BATCH = "eights of the batch"
+    """The same up to twice max_num_seqs."""
+    SIXTEENS = "sixteens"
+    """Multiples of 16 above 256, and never more than the tokens of a step."""
+    WITH_LIMITS = "with limits"
+    """Also the largest batches themselves."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """How one version counts."""
 
     version: str
-    charges_buffers: bool
-    """The budget pays for whatever is on the device after the profile run, hence also for the
-    buffers made between loading and profiling; before 0.27 only for weights and growth."""
+    utilization: float
+    charge: Charge
+    charges_nccl: bool
+    """The first look at the device comes before NCCL is started."""
+    graphs_in_budget: bool
+    """The V1 runner captures graphs on trial and subtracts them."""
     v2_measures_graphs: bool
-    """The V2 runner captures graphs on trial and subtracts them; a stub before 0.32."""
-    v2_for_experts: bool
-    """The V2 runner also serves mixtures of experts."""
-    v2_profile_copies_logits: bool
+    """So does the V2 runner; a stub before 0.32."""
+    v2_for: str
+    """Which models the V2 runner serves: `none`, `qwen3`, `dense` or `all`."""
+    v2_copies_logits: bool
     """The V2 sampler copies logits to float32 even when no request asks for processing."""
+    v2_profiles_encoder: bool
+    full_graphs: bool
+    """Batches of decodes are captured whole, beside the piecewise graphs."""
+    captures: Captures
+    native_sampler: bool
+    """The V1 sampler sorts all logits with torch where FlashInfer does not sample."""
+    large_a100: bool
+    """The A100 of 80 GB counts as a large device."""
+    large_server_tokens: int
+    """max_num_batched_tokens of the server on devices of 160 GiB and more."""
+    async_scheduling: bool
     steps_in_flight: bool
     """A sliding window reserves room for all overlapping steps, not for one."""
     null_block: int
     """Blocks held back in the check that one sequence fits."""
-    large_server_tokens: int
-    """max_num_batched_tokens of the server on devices of 160 GiB and more."""
+    hybrid_groups: bool
+    """Sliding layers have groups of their own; else they keep all tokens."""
+    padding_ratio: float
+    """See `kv_cache.kv_layout`."""
+    copies_absorbed: bool
+    """Latent attention copies what it absorbs of kv_b_proj, also where a view would do."""
+    tokens_from_concurrency: bool
+    """The size that the log prints is concurrency times length."""
+    hybrid_prefix_caching: bool
+    """Prefix caching is on by default for models with recurrent layers."""
+
+    @property
+    def charges_buffers(self) -> bool:
+        """The budget pays for what is made between loading and profiling."""
+        return self.charge is not Charge.GROWTH
+
+    @property
+    def charges_context(self) -> bool:
+        """The budget pays for the CUDA context."""
+        return self.charge is Charge.ABSOLUTE
 
 
-_RULES: Mapping[str, Rules] = {
-    rules.version: rules
-    for rules in (
-        Rules(
-            version="0.25.1",
-            charges_buffers=False,
-            v2_measures_graphs=False,
-            v2_for_experts=False,
-            v2_profile_copies_logits=True,
-            steps_in_flight=False,
-            null_block=0,
-            large_server_tokens=8192,
-        ),
-        Rules(
-            version="0.32.0",
-            charges_buffers=True,
-            v2_measures_graphs=True,
-            v2_for_experts=True,
-            v2_profile_copies_logits=False,
-            steps_in_flight=True,
-            null_block=1,
-            large_server_tokens=16384,
-        ),
-    )
-}
+_0_8_5 = Rules(
+    version="0.8.5",
+    utilization=0.9,
+    charge=Charge.ABSOLUTE,
+    charges_nccl=True,
+    graphs_in_budget=False,
+    v2_measures_graphs=False,
+    v2_for="none",
+    v2_copies_logits=True,
+    v2_profiles_encoder=False,
+    full_graphs=False,
+    captures=Captures.EIGHTS,
+    native_sampler=True,
+    large_a100=True,
+    large_server_tokens=8192,
+    async_scheduling=False,
+    steps_in_flight=False,
+    null_block=0,
+    hybrid_groups=False,
+    padding_ratio=1.0,
+    copies_absorbed=False,
+    tokens_from_concurrency=False,
+    hybrid_prefix_caching=False,
+)
+_0_10_2 = replace(
+    _0_8_5,
+    version="0.10.2",
+    charge=Charge.GROWTH,
+    captures=Captures.EIGHTS_OF_BATCH,
+    large_a100=False,
+    hybrid_groups=True,
+)
+_0_12_0 = replace(
+    _0_10_2,
+    version="0.12.0",
+    charges_nccl=False,
+    full_graphs=True,
+    captures=Captures.SIXTEENS,
+    padding_ratio=1.25,
+)
+_0_15_1 = replace(_0_12_0, version="0.15.1", async_scheduling=True)
+_0_19_1 = replace(_0_15_1, version="0.19.1", padding_ratio=1.5, native_sampler=False)
+_0_20_2 = replace(
+    _0_19_1,
+    version="0.20.2",
+    utilization=0.92,
+    graphs_in_budget=True,
+    tokens_from_concurrency=True,
+)
+_0_22_1 = replace(_0_20_2, version="0.22.1", v2_for="qwen3")
+_0_25_1 = replace(_0_22_1, version="0.25.1", v2_for="dense")
+_0_27_1 = replace(
+    _0_25_1,
+    version="0.27.1",
+    charge=Charge.FREE_MEMORY,
+    v2_profiles_encoder=True,
+    large_server_tokens=8192,
+    steps_in_flight=True,
+    hybrid_prefix_caching=True,
+)
+_0_32_0 = replace(
+    _0_27_1,
+    version="0.32.0",
+    copies_absorbed=True,
+    v2_measures_graphs=True,
+    v2_for="all",
+    v2_copies_logits=False,
+    captures=Captures.WITH_LIMITS,
+    large_server_tokens=16384,
+    null_block=1,
+)
+_0_33_0 = replace(_0_32_0, version="0.33.0")
+
+_RULES: tuple[Rules, ...] = (
+    _0_8_5,
+    _0_10_2,
+    _0_12_0,
+    _0_15_1,
+    _0_19_1,
+    _0_20_2,
+    _0_22_1,
+    _0_25_1,
+    _0_27_1,
+    _0_32_0,
+    _0_33_0,
+)
+VERSIONS: Mapping[str, Rules] = {rules.version: rules for rules in _RULES}
 
 
 def rules_of(version: str | None) -> Rules:
-    """The rules of a version, or of the newest one that is modelled.
+    """The rules of a version; of a version between two that are known, those of the earlier minor.
 
     Raises:
-        UsageError: a version that is not modelled.
+        UsageError: not a version, or older than 0.8.
     """
-    if (version or DEFAULT_VERSION) not in _RULES:
-        raise UsageError(f"vLLM {version} is not modelled", hint="modelled: " + ", ".join(_RULES))
-    return _RULES[version or DEFAULT_VERSION]
+    text = version or DEFAULT_VERSION
+    match = re.match(r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?", text)
+    if match is None:
+        raise UsageError(f"{text!r} is no version of vLLM", hint=f"write it as {DEFAULT_VERSION}")
+    major, minor = int(match[1]), int(match[2])
+    older = [rules for rules in _RULES if _minor(rules) <= (major, minor)]
+    if not older:
+        raise UsageError(
+            f"vLLM {text} is not modelled", hint="modelled: 0.8 to 0.33; see docs/formulas.md"
+        )
+    return older[-1]
+
+
+def _minor(rules: Rules) -> tuple[int, int]:
+    major, minor, _ = rules.version.split(".")
+    return int(major), int(minor)
+
+
+_V2_EXPERTS = {"DeepseekV2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM"}
 
 
 def default_runner(rules: Rules, spec: ModelSpec) -> str:
-    """The model runner that serves a model unless VLLM_USE_V2_MODEL_RUNNER says otherwise."""
+    """The model runner that serves a model unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
+
+    (`config/vllm.py: use_v2_model_runner`.)
+    """
+    if rules.v2_for == "all":
+        return "v2"
+    if rules.v2_for == "qwen3":
+        return "v2" if spec.architecture == "Qwen3ForCausalLM" else "v1"
     experts = any(isinstance(layer.mlp, MoE) for layer in spec.layers)
-    return "v2" if rules.v2_for_experts or not experts else "v1"
+    if rules.v2_for == "none" or spec.is_recurrent or spec.encoder_tokens:
+        return "v1"
+    return "v1" if experts and spec.architecture not in _V2_EXPERTS else "v2"
