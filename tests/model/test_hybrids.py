@@ -339,3 +339,34 @@ def test_narrow_experts_are_filled_with_zeros() -> None:
     }
     whole = Parallel(tensor_parallel_size=8, expert_parallel=True)
     assert experts.rank_shape(Rank(parallel=whole)) == (32, 2048, 2304)
+
+
+def test_kimi_k3() -> None:
+    """By hand from its config: nobody's class is public but vLLM's, which needs a GPU."""
+    spec = read_spec("Kimi-K3")
+    hidden, inner, latent = 7168, 96 * 128, 3584
+    delta = 5 * hidden * inner + hidden * (96 + 128) + 128 * inner + 3 * 4 * inner
+    delta += inner + 96 + 128
+    full = hidden * (1536 + 576) + 1536 * 96 * 192 + 512 * 96 * 256 + 2 * hidden * inner + 2048
+    experts = 896 * (3 * latent * 3072 + hidden + 1) + 2 * hidden * latent + latent
+    experts += 3 * hidden * 2 * 3072
+    layers = 69 * delta + 24 * full + 92 * experts + 3 * hidden * 33_792
+    around = 93 * 6 * hidden + 2 * 163_840 * hidden + 3 * hidden
+    tower = sum(
+        prod(weight.source_shape(part))
+        for tower in spec.towers
+        for weight in tower.weights
+        for part in {part.source: part for part in weight.parts}.values()
+    )
+    assert parameter_count(spec) - tower == layers + around
+    assert kv_bytes_per_token(spec) == 24 * 576 * 2
+    kept = {state.shape: state.dtype for cache in states(spec, 8) for state in cache.states}
+    assert kept == {(3, 3 * inner // 8): None, (12, 128, 128): "F32"}
+    assert len(states(spec)) == 69
+    quantized = {w.name.rpartition(".experts.")[2] for w in parameters(spec) if w.dtype == "U8"}
+    assert quantized == {
+        "w13_weight_packed",
+        "w13_weight_scale",
+        "w2_weight_packed",
+        "w2_weight_scale",
+    }

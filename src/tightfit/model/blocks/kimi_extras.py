@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tightfit.model.blocks.base import Block, Place
-from tightfit.model.blocks.linear import column_parallel, replicated, vector
-from tightfit.model.layout import Axis, Weight
+from tightfit.model.blocks.linear import column_parallel, vector
+from tightfit.model.layout import Axis, Part, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,9 @@ class AttentionResiduals(Block):
         for name in self.names:
             prefix = f"{place.prefix}.{name}"
             yield vector(f"{prefix}_norm.weight", place.hidden_size, place.where)
-            yield from replicated(
-                f"{prefix}_proj", rows=1, columns=place.hidden_size, where=place.where
+            yield Weight(
+                name=f"{prefix}_proj.weight",
+                parts=(Part(source=f"{prefix}_proj.weight", rows=1),),
+                columns=place.hidden_size,
+                where=place.where,
             )

@@ -1,7 +1,7 @@
 """The way into and out of the width at which routed experts work, where it is a smaller one."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tightfit.model.blocks.base import Block, Place
 from tightfit.model.blocks.linear import replicated, vector
@@ -24,9 +24,15 @@ class LatentProjections(Block):
     norm: str | None = None
     """A norm before `up`."""
     bias: bool = False
+    quantizable: bool = True
+    """vLLM applies Kimi-K3's MXFP4 to the experts alone, whatever its `ignore` list leaves out."""
 
     def weights(self, place: Place) -> Iterator[Weight]:
         """`down` and `up`."""
+        for weight in self._weights(place):
+            yield weight if self.quantizable else replace(weight, linear=False)
+
+    def _weights(self, place: Place) -> Iterator[Weight]:
         at = place.inside(self.module)
         hidden, where = place.hidden_size, place.where
         yield from replicated(

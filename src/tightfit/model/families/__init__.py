@@ -85,6 +85,7 @@ _MODULES: Mapping[str, str] = {
     "InternVLChatModel": "internvl",
     "InternVLForConditionalGeneration": "internvl",
     "KimiK25ForConditionalGeneration": "kimi_k25",
+    "KimiK3ForConditionalGeneration": "kimi_k3",
     "Phi3VForCausalLM": "phi3v",
     "DeepseekVLV2ForCausalLM": "deepseek_vl2",
 }

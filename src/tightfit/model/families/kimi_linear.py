@@ -142,6 +142,7 @@ def _experts(config: Config) -> tuple[MoE | None, tuple[Block, ...]]:
         down="routed_expert_down_proj",
         up="routed_expert_up_proj",
         norm="routed_expert_norm" if config.boolean("latent_moe_use_norm") else None,
+        quantizable=False,
     )
     return experts, (projections,)
 
