@@ -29,6 +29,7 @@ _MODULES: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "gemma3_mm",
     "WhisperForConditionalGeneration": "whisper",
     "MllamaForConditionalGeneration": "mllama",
+    "MuseGlimmerForConditionalGeneration": "muse_glimmer",
     "Gemma3nForCausalLM": "gemma3n",
     "Gemma3nForConditionalGeneration": "gemma3n",
     "Gemma4ForCausalLM": "gemma4",
