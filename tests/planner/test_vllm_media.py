@@ -160,6 +160,26 @@ def test_bytes_of_a_run() -> None:
     assert shared.nbytes == patches * (3 * 1280 + 3 * 855 + 80 + 1176) * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("llava-1.5-7b-hf", 4 * 1024 + 2 * 4096),
+        ("Qwen2-VL-7B", 3 * 1280 + 2 * 5120 + 80),
+        ("Qwen2.5-VL-7B-Instruct", 14_180),
+        ("Qwen3-VL-8B-Instruct", 3 * 1152 + 8 * 1152 + 72 + 1152 + 3 * 4096 // 4),
+        ("GLM-4.5V", 20_096),
+        ("InternVL3-1B", 12_288),
+        ("Kimi-K2.5", 4 * 1152 + 2 * 4304 + 2 * 72),
+        ("Phi-3-vision", 12_288),
+    ],
+)
+def test_features_alive_per_position(name: str, features: int) -> None:
+    """As counted on vLLM 0.32's own towers, run on the meta device with all its tensors watched."""
+    found = profile(name, 32_768)
+    run = encoder_run(found, PlanOptions(), 2, 1).nbytes // 2 - found.items * found.item.inputs
+    assert run == found.items * found.item.patches * features
+
+
 def test_ranks_share_the_items_of_a_data_parallel_run() -> None:
     options = PlanOptions(mm_encoder_tp_mode="data", limit_mm_per_prompt={"video": 0},
                           mm_processor_kwargs={"max_pixels": 1_003_520})  # fmt: skip

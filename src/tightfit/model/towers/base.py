@@ -88,7 +88,8 @@ class Tower:
     copies: int = 0
     """More copies of all heads' features that vLLM's code makes during attention."""
     held: int = 0
-    """Features per position that stay beside the layers: positions that were added."""
+    """Features per position that stay beside the layers: the first layer's input, which a caller
+    still refers to, and positions that were added to it."""
     mergers: int = 1
     """Projectors whose outputs lie side by side in `output_size`: deepstack."""
     unbuilt: frozenset[str] = frozenset()

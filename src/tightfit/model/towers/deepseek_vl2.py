@@ -127,6 +127,7 @@ def deepseek_vl2_tower(config: Config) -> Tower:
         head_dim=_WIDTH // _HEADS,
         num_layers=_LAYERS,
         output_size=features,
+        held=_WIDTH,
     )
 
 

@@ -323,4 +323,5 @@ def _tower(
         head_dim=attention.head_dim,
         num_layers=layers.num_layers,
         output_size=out,
+        held=layers.hidden_size,
     )

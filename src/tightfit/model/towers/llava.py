@@ -69,6 +69,7 @@ def llava_tower(config: Config, text_hidden_size: int) -> Tower:
         num_layers=layers,
         output_size=text_hidden_size,
         unbuilt=vision.unbuilt(prefix, layers),
+        held=vision.hidden_size,
     )
 
 

@@ -157,6 +157,8 @@ def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False)
         num_layers=layers.num_layers,
         output_size=text_hidden_size,
         data_parallel=True,
+        # Its table of rotations is complex64, half as many as a head has features.
+        held=hidden + 2 * attention.head_dim,
     )
 
 

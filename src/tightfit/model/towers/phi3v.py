@@ -112,4 +112,5 @@ def phi3v_tower(config: Config, text_hidden_size: int) -> Tower:
         num_layers=layers,
         output_size=text_hidden_size,
         unbuilt=vision.unbuilt(prefix, layers),
+        held=vision.hidden_size,
     )

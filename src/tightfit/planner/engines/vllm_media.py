@@ -168,7 +168,8 @@ def encoder_run(
     (4 x heads x head_dim), and for rotary positions the queries and keys before and after (4 more)
     with a table of head_dim; an MLP three times the hidden size, and its inner features before and
     after the activation, twice as many before it with a gate. The outputs of early mergers stay
-    until the end. The projector holds its input, and three times its output, or twice all outputs.
+    until the end. The projector holds its input and twice all outputs. What is alive was counted
+    on vLLM's own modules, with tensors that have no data.
     """
     tower, item = profile.tower, profile.item
     ranks, items = tensor_parallel_size, profile.items
@@ -179,12 +180,10 @@ def encoder_run(
     inner = tower.intermediate_size // ranks * (3 if tower.gated else 2)
     table = tower.head_dim if tower.rotary else 0
     widest = 3 * tower.hidden_size + max(attention, inner) + table + tower.held
-    early = item.embeddings * tower.output_size * (tower.mergers - 1) // tower.mergers
-    layers = item.patches * widest + early
     outputs = item.embeddings * tower.output_size
-    projector = item.patches * (tower.hidden_size + table + tower.held) + max(
-        early + 3 * outputs // tower.mergers, 2 * outputs
-    )
+    early = outputs * (tower.mergers - 1) // tower.mergers
+    layers = item.patches * widest + early
+    projector = item.patches * (tower.hidden_size + table + tower.held) + 2 * outputs
     part = "attention" if attention > inner else "MLP"
     merged = f" + {items} x {early} features of early mergers" if early else ""
     return Figure(
