@@ -61,6 +61,7 @@ def fbgemm(section: Config) -> Recipe:
     return Recipe(
         name="fbgemm_fp8",
         rules=(Rule(forms=forms, everything=True),),
-        ignored=modules(section.strings("modules_to_not_convert")),
+        # vLLM has no such method for experts.
+        ignored=modules((*section.strings("modules_to_not_convert"), "experts")),
         optional_sources=(r"\.input_scale_ub$",),
     )

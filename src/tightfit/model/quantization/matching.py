@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import translate
 
-from tightfit.errors import ConfigError
+from tightfit.errors import ConfigError, UnsupportedModelError
 
 _AT_ONCE = 200
 """Patterns of one compiled alternation."""
@@ -94,10 +94,20 @@ def _dotted_runs(name: str, longest: int) -> Iterable[str]:
             yield ".".join(words[first:last])
 
 
+_MOST_REPEATS = 8
+"""Of one pattern: each may multiply the time of a match by the length of a name."""
+
 _Match = Callable[[str], re.Match[str] | None]
 
 
 def _compile(patterns: tuple[str, ...]) -> tuple[_Match, ...]:
+    for pattern in patterns:
+        if _may_explode(pattern):
+            raise UnsupportedModelError(
+                f"quantization_config has the pattern {pattern[:60]!r}, whose nested or many "
+                "repeats could take forever to match",
+                hint="list the modules by name",
+            )
     found: list[_Match] = []
     for at in range(0, len(patterns), _AT_ONCE):
         group = patterns[at : at + _AT_ONCE]
@@ -106,6 +116,32 @@ def _compile(patterns: tuple[str, ...]) -> tuple[_Match, ...]:
         except (re.error, RecursionError, OverflowError):
             found += [_one(pattern) for pattern in group]
     return tuple(found)
+
+
+def _may_explode(pattern: str) -> bool:
+    """Whether a repeated group has repeats inside, or there are many in a row."""
+    repeats, inside, at = 0, [False], 0
+    while at < len(pattern):
+        character = pattern[at]
+        if character == "\\":
+            at += 1
+        elif character == "[":
+            closing = pattern.find("]", at + 2)
+            at = closing if closing > 0 else len(pattern)
+        elif character == "(":
+            inside.append(False)
+        elif character == ")" and len(inside) > 1:
+            repeated = inside.pop()
+            if repeated and pattern[at + 1 : at + 2] in ("*", "+", "{"):
+                return True
+            inside[-1] |= repeated
+        elif character in "*+{":
+            inside[-1] = True
+            repeats += 1
+        elif character == "|" and len(inside) == 1:
+            repeats = 0
+        at += 1
+    return repeats > _MOST_REPEATS
 
 
 def _one(pattern: str) -> _Match:

@@ -21,25 +21,25 @@ from tightfit.model.quantization.recipe import Recipe, Rule
 from tightfit.model.spec import ModelSpec
 
 GROUP_SIZE = 128
-"""Inputs that share a scale in the 4-bit integer schemes, unless the user says otherwise."""
+"""Inputs that share a scale in integer schemes for weights alone, unless the user says otherwise.
+
+That is compressed-tensors' presets' as well.
+"""
 
 
-def _scale(kind: str, **fields: int | bool | None) -> Form:
-    return replace(Form(kind=kind, dtype="F32"), **fields)  # type: ignore[arg-type]
-
-
-_ONLINE_FP8 = Form(kind="weight", dtype=schemes.FP8)
-_PER_TENSOR: Forms = (_ONLINE_FP8, _scale("weight_scale", rows=0, columns=None, shared=True))
-_PER_CHANNEL: Forms = (_ONLINE_FP8, _scale("weight_scale", columns=0))
+_VALUES = Form(kind="weight", dtype=schemes.FP8)
+_ONE = Form(kind="weight_scale", dtype="F32", rows=0, columns=None, shared=True)
+_PER_TENSOR: Forms = (_VALUES, _ONE)
+_PER_CHANNEL: Forms = (_VALUES, Form(kind="weight_scale", dtype="F32", columns=0))
 _PER_BLOCK: Forms = (
-    _ONLINE_FP8,
-    _scale("weight_scale_inv", rows=128, columns=128, ragged=True, local=True),
+    _VALUES,
+    Form(kind="weight_scale_inv", dtype="F32", rows=128, columns=128, ragged=True, local=True),
 )
 _NVFP4_EXPERTS: Forms = (
     Form(kind="weight", dtype="U8", columns=2),
     Form(kind="weight_scale", dtype=schemes.FP8, columns=16),
-    _scale("weight_scale_2", rows=0, columns=None, shared=True),
-    _scale("input_scale", rows=0, columns=None, shared=True),
+    replace(_ONE, kind="weight_scale_2"),
+    replace(_ONE, kind="input_scale"),
 )
 
 
@@ -63,6 +63,11 @@ ONLINE: Mapping[str, _Online] = {
 }
 """vLLM's names, except those that mean the same as a scheme of `quantize`."""
 
+
+def _group(size: int | None) -> int | None:
+    return GROUP_SIZE if size is None else size if size > 0 else None
+
+
 _Maker = Callable[[int | None], Forms]
 
 SCHEMES: Mapping[str, _Maker] = {
@@ -70,9 +75,9 @@ SCHEMES: Mapping[str, _Maker] = {
     "fp8-channel": lambda _: schemes.per_channel(schemes.FP8, static=False),
     "fp8-block": lambda _: schemes.fp8_block(128, 128, scale="weight_scale", dtype=None),
     "int8": lambda _: schemes.per_channel("I8", static=False),
-    "w8a16": lambda size: schemes.pack_quantized(8, size, symmetric=True),
-    "w4a16": lambda size: schemes.pack_quantized(4, size or GROUP_SIZE, symmetric=True),
-    "w4a16-asym": lambda size: schemes.pack_quantized(4, size or GROUP_SIZE, symmetric=False),
+    "w8a16": lambda size: schemes.pack_quantized(8, _group(size), symmetric=True),
+    "w4a16": lambda size: schemes.pack_quantized(4, _group(size), symmetric=True),
+    "w4a16-asym": lambda size: schemes.pack_quantized(4, _group(size), symmetric=False),
     "nvfp4": lambda _: schemes.nvfp4(activations=True),
     "nvfp4a16": lambda _: schemes.nvfp4(activations=False),
     "mxfp4": lambda _: schemes.mxfp4(),
@@ -138,7 +143,8 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
     Args:
         spec: the model.
         scheme: one of `ONLINE` or `SCHEMES`, or the checkpoint's own method.
-        group_size: inputs that share a scale, for the integer schemes of `quantize`.
+        group_size: inputs that share a scale, for the integer schemes of `quantize` that leave
+            activations alone; -1 for one scale for each output.
 
     Raises:
         UsageError: no such scheme, a group size where there are none, or a model that is quantized
@@ -152,10 +158,10 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
             f"{spec.quantization.name}",
             hint="leave --quantization out, or give the unquantized model",
         )
-    if group_size is not None and (scheme not in _GROUPED or group_size < 1):
+    if group_size is not None and (scheme not in _GROUPED or group_size < -1 or not group_size):
         raise UsageError(
             f"a group size of {group_size} with --quantization {scheme}",
-            hint="group sizes of 1 and more belong to " + ", ".join(_GROUPED),
+            hint=f"a size, or -1 for whole rows, belongs to {', '.join(_GROUPED)}",
         )
     if scheme in ONLINE:
         online = ONLINE[scheme]
