@@ -72,6 +72,10 @@ class UnsupportedModelError(TightfitError):
     exit_code = ExitCode.UNSUPPORTED
 
 
+class UnknownArchitectureError(UnsupportedModelError):
+    """Nothing at all is known of an architecture but its name."""
+
+
 class VerificationError(TightfitError):
     """Files that are not what their manifest or their source says."""
 

@@ -162,11 +162,11 @@ def test_rope_type() -> None:
 
 
 def test_unknown_architecture() -> None:
-    found = error(LLAMA, architectures=["MambaForCausalLM"])
+    found = error(LLAMA, architectures=["LlamoForCausalLM"])
     assert isinstance(found, UnsupportedModelError)
-    assert found.message == "architecture MambaForCausalLM is not modelled"
+    assert found.message == "architecture LlamoForCausalLM is not modelled"
     assert found.hint is not None
-    assert found.hint.startswith("modelled: LlamaForCausalLM, ")
+    assert found.hint.startswith("close names that are: LlamaForCausalLM, ")
     assert found.exit_code == 3
 
 

@@ -115,6 +115,18 @@ class Config:
             raise self._wrong((key,), value, "an object")
         return Config(value, name=f"{self.name}: {key}")
 
+    def sections(self, key: str) -> "tuple[Config, ...]":
+        """A list of nested objects; empty when the key is absent."""
+        value = self.raw(key, default=())
+        if not isinstance(value, Sequence) or not all(isinstance(v, Mapping) for v in value):
+            raise self._wrong((key,), value, "a list of objects")
+        return tuple(Config(v, name=f"{self.name}: {key}[{i}]") for i, v in enumerate(value))
+
+    def without(self, *keys: str) -> "Config":
+        """The same, as if these keys were absent."""
+        kept = {key: value for key, value in self._values.items() if key not in keys}
+        return Config(kept, name=self.name)
+
     def completed(self, outer: "Config", architecture: str) -> "Config":
         """A nested text config as if it stood alone, with what only the outer one says."""
         keys = ("dtype", "torch_dtype", "tie_word_embeddings")
@@ -126,6 +138,16 @@ class Config:
         """The same, with what a config class fills in where a key is absent or null."""
         given = {k: v for k, v in self._values.items() if v is not None or k not in values}
         return Config({**values, **given}, name=self.name)
+
+    def as_architecture(self, name: str) -> "Config":
+        """The same, as if it were of another architecture."""
+        return Config({**self._values, "architectures": [name]}, name=self.name)
+
+    def renamed(self, names: Mapping[str, str]) -> "Config":
+        """The same, with values also under new names (given as new: old) where those are absent."""
+        found = {new: self._values[old] for new, old in names.items() if self.has(old)}
+        absent = {new: value for new, value in found.items() if not self.has(new)}
+        return Config({**self._values, **absent}, name=self.name)
 
     def dtype(self) -> str:
         """The checkpoint's dtype in safetensors' spelling; float32 when it is not said."""

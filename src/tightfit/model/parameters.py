@@ -132,21 +132,28 @@ def axes(spec: ModelSpec, *, experts: bool) -> tuple[Axis, ...]:
 
 
 def _weights(spec: ModelSpec) -> Iterator[Weight]:
-    names, tied = spec.names, spec.tie_word_embeddings
+    if spec.listed is not None:
+        yield from spec.listed
+        return
+    names, tied = spec.names, spec.tie_word_embeddings or spec.pooling
     vocab = Axis(label="the padded vocabulary", units=round_up(spec.vocab_size, VOCAB_PADDING))
 
     def table(name: str, where: Stage) -> Weight:
         return Weight(
             name=f"{name}.weight",
             parts=(Part(source=f"{name}.weight", rows=spec.vocab_size, axis=vocab),),
-            columns=spec.hidden_size,
+            columns=spec.embedding_size or spec.hidden_size,
             cut=Cut.OUTPUT,
-            where=where,
+            where=end(where),
         )
+
+    def end(where: Stage) -> Stage:
+        return Stage.EVERY if spec.every_stage_has_ends else where
 
     for tower in spec.towers:
         yield from tower.weights
-    embedding = table(names.embedding, Stage.BOTH_ENDS if tied else Stage.FIRST)
+    twice = spec.tie_word_embeddings and not spec.pooling
+    embedding = table(names.embedding, Stage.BOTH_ENDS if twice else Stage.FIRST)
     embedding = grown(embedding, spec.added_embeddings)
     yield whole(embedding) if spec.whole_embedding else embedding
     yield from spec.extras
@@ -158,13 +165,13 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
         for name in layer_norms(spec, layer):
             yield from norm(f"{place.prefix}.{name}", spec.hidden_size, i, bias=spec.norm_bias)
     if names.norm is not None:
-        yield from norm(names.norm, spec.hidden_size, Stage.LAST, bias=spec.norm_bias)
+        yield from norm(names.norm, spec.hidden_size, end(Stage.LAST), bias=spec.norm_bias)
     if not tied:
         yield table(names.head, Stage.LAST)
-    if spec.head_bias:
+    if spec.head_bias and not spec.pooling:
         part = Part(source=f"{names.head}.bias", rows=spec.vocab_size, axis=vocab)
         name = f"{names.head}.bias"
-        yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=Stage.LAST)
+        yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=end(Stage.LAST))
 
 
 def grown(table: Weight, more: int) -> Weight:

@@ -21,6 +21,8 @@ class QKNorm(Enum):
     """All heads together, a weight per feature: OLMo 2. Not separable by rank."""
     DEALT = "dealt"
     """As FULL, but a rank has only the weights of its heads: MiniMax-M2."""
+    MATRIX = "matrix"
+    """As DEALT, but each head is normalized by itself: `[heads, head_dim]`, Command-R+."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,8 @@ class Attention(Mixer):
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: QKNorm = QKNorm.NONE
+    qk_norm_bias: bool = False
+    """The norms of each head have a bias too: Persimmon."""
     softcap: float | None = None
     """Scores become `softcap * tanh(scores / softcap)`."""
     sinks: bool = False
@@ -127,6 +131,8 @@ class Attention(Mixer):
                 if axis is keys and self.shares_cache:
                     continue
                 yield self._norm(f"{at.prefix}.{name}.weight", axis, place)
+                if self.qk_norm_bias:
+                    yield vector(f"{at.prefix}.{name}.bias", self.head_dim, place.where)
         if self.sinks:
             name = f"{at.prefix}.{names.sinks}"
             heads = Axis(label=queries.label, units=self.num_heads, groups=self.num_kv_heads)
@@ -134,9 +140,16 @@ class Attention(Mixer):
             yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
 
     def _norm(self, name: str, axis: Axis, place: Place) -> Weight:
-        if self.qk_norm is QKNorm.DEALT:
+        if self.qk_norm in (QKNorm.DEALT, QKNorm.MATRIX):
             part = Part(source=name, rows=axis.rows, axis=axis)
-            return Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
+            matrix = (axis.units, self.head_dim) if self.qk_norm is QKNorm.MATRIX else None
+            return Weight(
+                name=name,
+                parts=(part,),
+                cut=Cut.OUTPUT,
+                where=place.where,
+                stored_shape=matrix,
+            )
         size = axis.rows if self.qk_norm is QKNorm.FULL else self.head_dim
         return vector(name, size, place.where)
 

@@ -6,12 +6,14 @@ test checks the table against the files.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from tightfit.errors import ConfigError, UnsupportedModelError
+from tightfit.errors import ConfigError, UnknownArchitectureError
 from tightfit.model.config import Config
+from tightfit.model.families.pooling import as_pooling, pooled_base
 from tightfit.model.quantization.read import read_quantization
 from tightfit.model.spec import ModelSpec
 
@@ -89,9 +91,66 @@ _MODULES: Mapping[str, str] = {
     "KimiK3ForConditionalGeneration": "kimi_k3",
     "Phi3VForCausalLM": "phi3v",
     "DeepseekVLV2ForCausalLM": "deepseek_vl2",
+    "GPT2LMHeadModel": "gpt2",
+    "GPTBigCodeForCausalLM": "gpt2",
+    "FalconForCausalLM": "falcon",
+    "PhiForCausalLM": "phi",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "StableLmForCausalLM": "stablelm",
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere",
+    "InternLM2ForCausalLM": "internlm2",
+    "ChatGLMModel": "chatglm",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm",
+    "ExaoneForCausalLM": "exaone",
+    "Exaone4ForCausalLM": "exaone",
+    "MiMoForCausalLM": "mimo",
+    "DeciLMForCausalLM": "nemotron_nas",
+    "NemotronForCausalLM": "nemotron",
+    "Jais2ForCausalLM": "nemotron",
+    "OPTForCausalLM": "opt",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "GPTJForCausalLM": "gptj",
+    "BloomForCausalLM": "bloom",
+    "MPTForCausalLM": "mpt",
+    "BaichuanForCausalLM": "baichuan",
+    "BaiChuanForCausalLM": "baichuan",
+    "QWenLMHeadModel": "qwen",
+    "PersimmonForCausalLM": "persimmon",
+    "SeedOssForCausalLM": "llama_like",
+    "SmolLM3ForCausalLM": "llama_like",
+    "ArceeForCausalLM": "llama_like",
+    "Ernie4_5ForCausalLM": "llama_like",
+    "HunYuanDenseV1ForCausalLM": "llama_like",
+    "HeliumForCausalLM": "llama_like",
+    "MiniCPMForCausalLM": "llama_like",
+    "SolarForCausalLM": "llama_like",
+    "OrionForCausalLM": "llama_like",
+    "OlmoForCausalLM": "llama_like",
+    "CwmForCausalLM": "llama_like",
+    "HyperCLOVAXForCausalLM": "llama_like",
+    "ApertusForCausalLM": "apertus",
 }
 _UNNAMED: Mapping[str, str] = {"deepseek_vl_v2": "DeepseekVLV2ForCausalLM"}
 """By model type, what vLLM's config class fills in where a config names no architecture."""
+
+_SAME: Mapping[str, str] = {
+    "AquilaForCausalLM": "LlamaForCausalLM",
+    "AquilaModel": "LlamaForCausalLM",
+    "ChatGLMForConditionalGeneration": "ChatGLMModel",
+    "IQuestCoderForCausalLM": "LlamaForCausalLM",
+    "InternLM3ForCausalLM": "LlamaForCausalLM",
+    "InternLMForCausalLM": "LlamaForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "Ministral3ForCausalLM": "MistralForCausalLM",
+    "MptForCausalLM": "MPTForCausalLM",
+    "RWForCausalLM": "FalconForCausalLM",
+    "StableLMEpochForCausalLM": "StableLmForCausalLM",
+    "TeleChat3ForCausalLM": "LlamaForCausalLM",
+    "XverseForCausalLM": "LlamaForCausalLM",
+}
+"""Other names of the same, which vLLM's registry knows or knew."""
 
 
 def architectures() -> tuple[str, ...]:
@@ -117,7 +176,20 @@ def model_spec(values: Mapping[str, Any]) -> ModelSpec:
             "config.json lacks 'architectures'",
             hint="is this the config.json of a complete Hugging Face checkpoint?",
         )
-    return read_quantization(config, _family(names[0]).spec(config))
+    return read_quantization(config, _named(config, names[0]))
+
+
+def _named(config: Config, name: str) -> ModelSpec:
+    """The spec by any name: that of the model itself, of another, or of a pooling model."""
+    target = _SAME.get(name, name)
+    base = None if target in _MODULES else pooled_base(target, _MODULES)
+    spec: ModelSpec = _family(base or target).spec(config.as_architecture(base or target))
+    spec = spec if base is None else as_pooling(spec, config, name)
+    return replace(
+        spec,
+        architecture=name,
+        verified_for_sharding=spec.verified_for_sharding and target == name and base is None,
+    )
 
 
 def text_spec(
@@ -143,15 +215,16 @@ def text_spec(
             hint="is this the config.json of a complete Hugging Face checkpoint?",
         )
     nested = nested.completed(config, architecture).with_defaults(defaults)
-    spec = _family(architecture).spec(nested)
+    spec: ModelSpec = _family(architecture).spec(nested)
     return replace(spec, architecture=config.strings("architectures")[0])
 
 
 def _family(architecture: str) -> Any:
     """The module of a family, which has `spec(config)`."""
     if architecture not in _MODULES:
-        raise UnsupportedModelError(
+        close = get_close_matches(architecture, _MODULES, n=3, cutoff=0.75)
+        raise UnknownArchitectureError(
             f"architecture {architecture} is not modelled",
-            hint="modelled: " + ", ".join(_MODULES),
+            hint=f"close names that are: {', '.join(close)}" if close else None,
         )
     return import_module(f"{__name__}.{_MODULES[architecture]}")

@@ -8,8 +8,10 @@ ARCHITECTURES = ("LlamaForCausalLM",)
 
 
 def spec(config: Config) -> ModelSpec:
-    """Plain decoder; biases are options of the config."""
-    bias = config.boolean("attention_bias")
-    attention = decoder.attention(config, qkv_bias=bias, output_bias=bias)
+    """Plain decoder; biases are options of the config, which InternLM 3 spells otherwise."""
+    bias = config.boolean("attention_bias") or config.boolean("bias")
+    attention = decoder.attention(
+        config, qkv_bias=config.boolean("qkv_bias", default=bias), output_bias=bias
+    )
     mlp = decoder.dense_mlp(config, bias=config.boolean("mlp_bias"))
     return decoder.model(config, decoder.uniform(config, attention, mlp))
