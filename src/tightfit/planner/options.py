@@ -97,6 +97,10 @@ class PlanOptions:
     max_cpu_loras: int | None = None
     assume_full_attention: bool = False
     """Plan layers of an unknown kind as full attention instead of refusing."""
+    use_flashinfer_sampler: bool | None = None
+    """vLLM's VLLM_USE_FLASHINFER_SAMPLER; None is the version's own choice."""
+    warm_compile_cache: bool = False
+    """vLLM has compiled this model before, and times no kernels again."""
     tokenizer_json_bytes: int = 0
     """Size of the tokenizer that a rank will hold in memory; 0 if it handles no text."""
 

@@ -5,14 +5,18 @@ Sources (vLLM 0.25.1 and 0.32.0): `layers/rotary_embedding/`, `v1/worker/gpu/sta
 `v1/worker/gpu_model_runner.py: _make_buffer`.
 """
 
+from math import prod
+
 from tightfit.model.blocks.attention import Rope
 from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.spec import ropes
 from tightfit.planner.engines.vllm_setting import Setting, arithmetic
 from tightfit.planner.plan import Component
-from tightfit.units import MiB, cdiv, round_up
+from tightfit.planner.weights import held
+from tightfit.units import MiB, cdiv, dtype_bytes, round_up
 
 _SEGMENT = 2 * MiB
+_MXFP4_WIDTH = 256
 _UNSHARED = 10 * MiB
 """torch's allocator gives tensors of this size and more a segment of their own."""
 
@@ -25,17 +29,32 @@ def after_load(setting: Setting) -> Component:
     ]
     sizes = setting.tensor_sizes()
     lost = sum(round_up(size, _SEGMENT) - size for size in sizes if size >= _UNSHARED)
-    absorbed = _absorbed(setting)
+    absorbed, padded = _absorbed(setting), _padded_experts(setting)
     formula = "rope tables (positions x rotary_dim x b): " + " + ".join(map(str, tables))
     formula += f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}"
     if absorbed:
         formula += f"; copies of kv_b_proj that latent attention absorbs: {absorbed}"
+    if padded:
+        formula += f"; experts padded to multiples of {_MXFP4_WIDTH} for their kernels: {padded}"
     return Component(
         name="weights_after_load",
-        planned_bytes=sum(tables) + lost + absorbed,
+        planned_bytes=sum(tables) + lost + absorbed + padded,
         origin="derived",
         formula=formula,
     )
+
+
+def _padded_experts(setting: Setting) -> int:
+    """`quantization/mxfp4.py: create_weights` of older versions rounds the width of experts up."""
+    if not setting.rules.pads_mxfp4 or setting.spec.architecture != "GptOssForCausalLM":
+        return 0
+    width = setting.inner(setting.layers[0])
+    held_bytes = sum(
+        dtype_bytes(weight.dtype or "BF16", prod(weight.rank_shape(setting.rank)))
+        for weight in held(setting.spec, setting.rank)
+        if weight.experts
+    )
+    return held_bytes * (round_up(width, _MXFP4_WIDTH) - width) // width
 
 
 def _absorbed(setting: Setting) -> int:

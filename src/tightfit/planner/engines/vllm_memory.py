@@ -22,7 +22,7 @@ def components(setting: Setting) -> tuple[Component, ...]:
     captured = graphs(setting)
     if captured is not None:
         found.append(captured)
-    found += [_non_torch(setting), _context()]
+    found += [_non_torch(setting), _context(setting)]
     if setting.rank.parallel.world_size > 1:
         found.append(_nccl(setting))
     found.append(_cache(setting))
@@ -33,11 +33,15 @@ def _non_torch(setting: Setting) -> Component:
     """Kernels that the driver loads after vLLM's first look at the device, and NCCL's growth."""
     data = calibration()
     key = "v1_experts" if setting.runner == "v1" and setting.has_experts else setting.runner
+    if not setting.is_recent:
+        key = "before_hopper"
+    elif setting.rules.few_kernels:
+        key = "before_0_20"
     alone = int(data["non_torch_bytes"][key])
     formula = f"{alone} measured for kernels loaded by runner {setting.runner}"
     several = 0
     if setting.rank.parallel.world_size > 1:
-        several = int(data["tensor_parallel"]["non_torch_bytes"])
+        several = int(data["tensor_parallel"][_topology(setting)]["non_torch_bytes"])
         formula += f" + {several} measured for NCCL's growth with two ranks"
     slack = int(data["allocator_slack_bytes"]) if setting.rules.charges_buffers else 0
     if slack:
@@ -50,19 +54,24 @@ def _non_torch(setting: Setting) -> Component:
     )
 
 
-def _context() -> Component:
+def _context(setting: Setting) -> Component:
     size = int(calibration()["cuda_context_bytes"])
     return Component(
         name="cuda_context",
         planned_bytes=size,
         origin="calibrated",
         formula=f"{size} measured on H100 and H200, before vLLM's first look at the device",
-        inside_budget=False,
+        inside_budget=setting.rules.charges_context,
     )
 
 
+def _topology(setting: Setting) -> str:
+    """What was measured for NCCL: on Hopper with NVLink, or from logs of older devices."""
+    return "nvlink" if setting.is_recent else "before_hopper"
+
+
 def _nccl(setting: Setting) -> Component:
-    data = calibration()["tensor_parallel"]
+    data = calibration()["tensor_parallel"][_topology(setting)]
     size = int(data["nccl_bytes"])
     formula = f"{size} measured with two ranks, before vLLM's first look at the device"
     if setting.has_experts:
@@ -74,7 +83,7 @@ def _nccl(setting: Setting) -> Component:
         planned_bytes=size,
         origin="calibrated",
         formula=formula,
-        inside_budget=False,
+        inside_budget=setting.rules.charges_nccl,
     )
 
 

@@ -105,6 +105,18 @@ class Setting:
         return layer.mlp.intermediate_size // self.tensor_parallel_size
 
     @property
+    def times_kernels(self) -> bool:
+        """Whether the profile run compiles, and times what it compiles."""
+        timed = self.rules.times_kernels and not self.options.warm_compile_cache
+        return timed and not self.eager
+
+    @property
+    def is_recent(self) -> bool:
+        """Hopper or newer, which the constants were measured on; so is a device of unknown kind."""
+        capability = None if self.device is None else self.device.capability
+        return capability is None or (9, 0) <= capability < (12, 0)
+
+    @property
     def chip(self) -> Mapping[str, int]:
         """L2 cache and multiprocessors of the device."""
         return chip(self.device)

@@ -15,7 +15,8 @@ from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv
 
 CUBLAS_WORKSPACE = 32 * MiB
-"""torch gives cuBLAS this much per stream on Hopper (`CUDABlas.cpp`), and never takes it back."""
+"""torch gives cuBLAS this much per stream from Hopper on (`CUDABlas.cpp`), and never takes it
+back; before, it was a quarter."""
 CUBLASLT_WORKSPACE = MiB
 """A linear layer with a bias goes through cuBLASLt."""
 
@@ -24,9 +25,13 @@ Stages = dict[str, int]
 
 def step_components(setting: Setting) -> list[Component]:
     """`activations`, `logits_and_sampler` and `moe_workspace`, whose sum is the peak."""
-    workspace = moe_workspace(setting)
+    needed = moe_workspace(setting)
+    workspace = needed if setting.rules.keeps_workspace else 0
     kept = _cublas(setting)
-    name, largest = _largest(_layer_stages(setting, kept))
+    stages = _layer_stages(setting, kept)
+    if needed and not workspace:
+        stages["experts (2H + both buffers)"] = kept + 2 * setting.hidden_bytes + needed
+    name, largest = _largest(stages)
     # Before the first experts run, their workspace is not there.
     for early in (_layer_stages(setting, kept, early=True), _compile_stages(setting)):
         early_name, size = _largest(early)
@@ -48,7 +53,7 @@ def step_components(setting: Setting) -> list[Component]:
     if setting.last_stage:
         name, sampling = _largest(_sampler_stages(setting))
         # The logits are computed by cuBLAS, whatever the layers use.
-        sampling += max(kept, CUBLAS_WORKSPACE)
+        sampling += max(kept, _cublas_workspace(setting))
         components.append(
             Component(
                 name="logits_and_sampler",
@@ -68,11 +73,15 @@ def _cublas(setting: Setting) -> int:
     """What the libraries of the layers' products keep; quantized ones have kernels of their own."""
     if arithmetic(setting.spec) not in ("plain", "fp8_block"):
         return 0
-    kept = CUBLAS_WORKSPACE
+    kept = _cublas_workspace(setting)
     mixers = {mixer for layer in setting.kinds for mixer in layer.mixers}
     if any(isinstance(mixer, Attention) and mixer.qkv_bias for mixer in mixers):
         kept += CUBLASLT_WORKSPACE
     return kept
+
+
+def _cublas_workspace(setting: Setting) -> int:
+    return CUBLAS_WORKSPACE if setting.is_recent else CUBLAS_WORKSPACE // 4
 
 
 def _workspace_component(setting: Setting, workspace: int) -> Component:
@@ -126,7 +135,7 @@ def _layer_stages(setting: Setting, kept: int, *, early: bool = False) -> Stages
     """The largest moments of a layer, with what cuBLAS keeps; `early` ones precede all experts."""
     stages: Stages = {"nothing": 0}
     block = arithmetic(setting.spec) == "fp8_block"
-    l2 = 0 if setting.eager or block else setting.chip["l2_bytes"]
+    l2 = setting.chip["l2_bytes"] if setting.times_kernels and not block else 0
     for layer in _before_experts(setting.layers, early):
         for name, size in _layer_peak(setting, layer).items():
             # Inductor times its kernels in the first run, and flushes the L2 cache with a buffer.
@@ -212,7 +221,7 @@ def _compile_stages(setting: Setting) -> Stages:
     That happens when the compile cache is cold; the largest are the kernel that reads the
     embedding, and where activations are quantized as a tensor, the MLP.
     """
-    if setting.eager:
+    if not setting.times_kernels:
         return {"nothing": 0}
     b, tokens = setting.element_bytes, setting.max_num_batched_tokens
     kind = arithmetic(setting.spec)
@@ -237,6 +246,8 @@ def _sampler_stages(setting: Setting) -> Stages:
     chosen = n * setting.spec.hidden_size * b
     base = setting.hidden_bytes + chosen + n * v * b
     if setting.runner == "v1":
+        if setting.options.use_flashinfer_sampler:
+            return {"hidden states, logits and 3 float32 copies": base + chosen + 3 * n * v * 4}
         if setting.rules.native_sampler:
             name = "hidden states, logits, float32 copies, and the sorted logits with their places"
             return {name: base + chosen + n * v * _SORTED_BYTES}
