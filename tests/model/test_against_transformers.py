@@ -43,6 +43,8 @@ _UNKNOWN = (
     "Phi3VForCausalLM",
     "DeepseekVLV2ForCausalLM",
     "KimiK3ForConditionalGeneration",
+    "MiniMaxText01ForCausalLM",
+    "MiniMaxM1ForCausalLM",
     "BaiChuanForCausalLM",
     "BaichuanForCausalLM",
     "ChatGLMModel",

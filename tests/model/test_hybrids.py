@@ -1,8 +1,8 @@
 """State-space and linear-attention models: which layer is what, and what a sequence keeps.
 
 The figures of ranks are those of vLLM 0.32's own classes, built without weights under several
-tensor parallel sizes. `LFM2-*`, `Falcon-H1-*`, `Bamba-9B`, `mamba-130m-hf`, and `Kimi-Linear-*` are
-written from what is published about them.
+tensor parallel sizes. `LFM2-*`, `Falcon-H1-*`, `Bamba-9B`, `mamba-130m-hf`, `Kimi-Linear-*` and
+`MiniMax-*` are written from what is published about them.
 """
 
 from collections import Counter
@@ -17,6 +17,7 @@ from tightfit.model.blocks.attention import Attention
 from tightfit.model.blocks.gated_delta_net import GatedDeltaNet
 from tightfit.model.blocks.kimi_delta import KimiDeltaAttention
 from tightfit.model.blocks.latent_attention import LatentAttention
+from tightfit.model.blocks.linear_attention import LightningAttention
 from tightfit.model.blocks.mamba import Mamba1, Mamba2
 from tightfit.model.blocks.mlp import DenseMLP, MoE
 from tightfit.model.blocks.short_conv import ShortConv
@@ -53,6 +54,7 @@ def kinds(spec: ModelSpec) -> str:
         GatedDeltaNet: "D",
         KimiDeltaAttention: "D",
         ShortConv: "C",
+        LightningAttention: "L",
         Attention: "A",
         LatentAttention: "A",
     }
@@ -166,6 +168,7 @@ def test_bytes_of_a_rank_as_in_vllm(name: str, held: dict[int, int]) -> None:
         ("granite-4.0-h-small", 32_207_337_984),
         ("Qwen3-Next-80B-A3B-Thinking", 79_674_391_296),
         ("LFM2-1.2B", 1_170_340_608),
+        ("MiniMax-Text-01", 456_089_655_296),
     ],
 )
 def test_counts_as_published(name: str, count: int) -> None:
@@ -370,3 +373,13 @@ def test_kimi_k3() -> None:
         "w2_weight_packed",
         "w2_weight_scale",
     }
+
+
+def test_minimax_text() -> None:
+    """The configs of remote code describe the model that transformers' class does."""
+    spec = read_spec("MiniMax-Text-01-hf")
+    assert kinds(spec) == ("lllllll" + "a") * 10
+    assert read_spec("MiniMax-Text-01").layers == spec.layers == read_spec("MiniMax-M1-80k").layers
+    assert parameter_count(read_spec("MiniMax-Text-01")) == parameter_count(spec)
+    assert {s.shape for cache in states(spec, 8) for s in cache.states} == {(8, 128, 128)}
+    assert kv_bytes_per_token(spec) == 10 * 2 * 8 * 128 * 2
