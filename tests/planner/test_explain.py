@@ -11,18 +11,21 @@ from tightfit.planner.spelling import plan_options
 def explained(model: str, name: str, **given: object) -> list[str]:
     options = plan_options(given)
     plan = make_plan(read_spec(model), options, name=model)
-    parallel = engine(options).parallel(options)
-    return explanation_lines(explain(plan, read_spec(model), parallel, name))
+    chosen = engine(options)
+    spec = chosen.adapt(read_spec(model), options)
+    return explanation_lines(explain(plan, spec, chosen.parallel(options), name))
 
 
 @pytest.mark.parametrize("model", ONE_PER_ARCHITECTURE)
 def test_parts_are_all_of_the_weights(model: str) -> None:
     try:
-        plan = make_plan(read_spec(model), plan_options({"tp": 2}), name=model)
+        options = plan_options({"tp": 2})
+        plan = make_plan(read_spec(model), options, name=model)
+        spec = engine(options).adapt(read_spec(model), options)
     except (UnsupportedModelError, LayoutError) as error:
         pytest.skip(error.message)
     for rank in Parallel(tensor_parallel_size=2).ranks():
-        parts = weight_parts(read_spec(model), rank, plan.options.dtype.value)
+        parts = weight_parts(spec, rank, plan.options.dtype.value)
         weights = plan.ranks[rank.rank].component("weights")
         assert sum(part.nbytes for part in parts) == weights.planned_bytes
         assert not any(part.name == "other" for part in parts if part.nbytes > 2**28)
@@ -61,3 +64,8 @@ def test_no_such_component() -> None:
         explained("Llama-3.1-8B", "magic")
     assert e.value.message == "the plan has no component 'magic'"
     assert "weights, kv_cache" in (e.value.hint or "")
+
+
+def test_what_is_quantized_while_loading() -> None:
+    lines = explained("Llama-3.1-8B", "weights", gpu="h100", quantization="fp8")
+    assert any(line.startswith("  MLP in F8_E4M3: 5,637,144,576 parameters") for line in lines)

@@ -94,6 +94,12 @@ def test_origins() -> None:
         "enforce_eager": "engine default",
         "cudagraph_capture_sizes": "engine default",
         "model_runner": "engine default",
+        "cudagraph_mode": "engine default",
+        "quantization": "config",
+        "data_parallel_size": "engine default",
+        "enable_expert_parallel": "engine default",
+        "enable_prefix_caching": "engine default",
+        "async_scheduling": "engine default",
     }
     assert options.gpu_memory_utilization.value == 0.5
     assert options.dtype.value == "BF16"
@@ -139,7 +145,7 @@ def test_the_message_that_vllm_prints() -> None:
 def test_no_memory_at_all() -> None:
     verdict = plan(device=CATALOGUE["t4-16gb"]).verdict
     assert verdict.fits is False
-    assert verdict.reason == "a rank holds 17.0 GiB before any KV cache, and its budget is 13.4 GiB"
+    assert verdict.reason == "a rank holds 16.8 GiB before any KV cache, and its budget is 13.4 GiB"
     assert verdict.max_model_len_that_fits == 0
     assert verdict.engine_message is not None
     assert verdict.engine_message.startswith("No available memory for the cache blocks. Try ")

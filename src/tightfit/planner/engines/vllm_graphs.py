@@ -5,6 +5,8 @@ accumulators first among them; the driver keeps the kernels' nodes, in proportio
 layers. Estimates: `profile_cudagraph_memory` of the runners.
 """
 
+from collections.abc import Mapping
+
 from tightfit.model.blocks.attention import Attention
 from tightfit.model.blocks.base import Mixer
 from tightfit.model.blocks.latent_attention import LatentAttention
@@ -24,11 +26,11 @@ def graphs(setting: Setting) -> Component | None:
     if not sizes:
         return None
     captured, terms = _captured(setting)
-    if setting.runner == "v2":
-        charged = _estimate_v2(setting) if setting.rules.v2_measures_graphs else captured
-        inside = setting.rules.v2_measures_graphs
-    else:
-        charged, inside = _estimate_v1(setting), True
+    v2, rules = setting.runner == "v2", setting.rules
+    inside = rules.v2_measures_graphs if v2 else rules.graphs_in_budget
+    charged = captured
+    if inside:
+        charged = _estimate_v2(setting) if v2 else _estimate_v1(setting)
     full = len(_full_sizes(setting))
     pieces = len(_piecewise_sizes(setting))
     formula = f"{pieces} piecewise and {full} full graphs up to {sizes[-1]} tokens: {terms}"
@@ -117,13 +119,28 @@ def _pool(setting: Setting) -> int:
 
 def _captured(setting: Setting) -> tuple[int, str]:
     accumulators = _accumulators(setting)
-    factor = calibration()["graphs"]["v2_split_workspace_factor"] if setting.runner == "v2" else 1
+    factor = _split_factor(setting) if setting.runner == "v2" else 1
     held, pool, driver = int(accumulators * factor), _pool(setting), _driver(setting)
     terms = (
         f"{factor} x {accumulators} for FlashAttention's {SPLITS} splits + {pool} for the tensors "
         f"of a layer and cuBLAS + {driver} in the driver"
     )
     return held + pool + driver, terms
+
+
+def _split_factor(setting: Setting) -> float:
+    """How often the accumulators are held: more than once where heads share keys by more than two.
+
+    (FlashAttention then packs the heads of a group into rows of one tile.)
+    """
+    factors: Mapping[str, float] = calibration()["graphs"]["v2_split_workspace_factor"]
+    shared = any(
+        isinstance(mixer, LatentAttention)
+        or (isinstance(mixer, Attention) and mixer.num_heads > 2 * mixer.num_kv_heads)
+        for layer in setting.kinds
+        for mixer in layer.mixers
+    )
+    return factors["shared_keys" if shared else "own_keys"]
 
 
 def _estimate_v2(setting: Setting) -> int:
