@@ -15,6 +15,7 @@ from tightfit.model.parameters import parameter_count, parameters
 from tightfit.model.sources import source_shapes
 from tightfit.model.spec import ModelSpec
 from tightfit.model.towers.base import Tower
+from tightfit.model.towers.moon_media import KNOWN_LARGEST, navit_resize, search_largest
 
 NAMES = (
     "llava-1.5-7b-hf",
@@ -114,6 +115,7 @@ def test_shapes_of_convolutions_and_positions() -> None:
         ("InternVL3-1B", 32_768, {}, {"image": 3328, "video": 29_440}),
         ("InternVL3-1B", 32_768, {"max_dynamic_patch": 6}, {"image": 1792, "video": 30_976}),
         ("Kimi-K2.5", 262_144, {}, {"vision_chunk": 4225}),
+        ("Kimi-K3", 262_144, {}, {"image": 16_817}),
         ("Phi-3-vision", 131_072, {}, {"image": 2653}),
         ("Phi-3-vision", 131_072, {"num_crops": 4}, {"image": 781}),
         ("deepseek-vl2-tiny", 4096, {}, {"image": 2101}),
@@ -244,6 +246,15 @@ def test_heads_that_cannot_be_dealt() -> None:
     rank = Rank(parallel=Parallel(tensor_parallel_size=2))
     assert held(odd, rank, "layers.0.attn.qkv.w") == held(odd, Rank(), "layers.0.attn.qkv.w")
     assert 2 * held(odd, rank, "layers.0.mlp.fc1.w") == held(odd, Rank(), "layers.0.mlp.fc1.w")
+
+
+def test_largest_image_of_kimi_k3() -> None:
+    """The sizes that vLLM's `KimiK3ProcessingInfo.get_max_image_size` gives."""
+    assert search_largest(14, 2, 4096, 128) == (1777, 489)
+    rows, columns = navit_resize(
+        *KNOWN_LARGEST, patch_size=14, merge_size=2, limit=65_536, side_limit=512
+    )
+    assert (rows, columns) == (502, 134)
 
 
 def test_internvl_uses_an_inner_layer() -> None:

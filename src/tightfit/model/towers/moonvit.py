@@ -1,21 +1,20 @@
-"""MoonViT3d of Kimi K2.5 and K3 (vLLM's `kimi_k25_vit.py`), and its media.
+"""MoonViT3d of Kimi K2.5 and K3 (vLLM's `kimi_k25_vit.py`).
 
-vLLM takes images and chunks of videos as one modality, `vision_chunk`. It replicates the layers
-when their heads cannot be dealt, and the projector always, and quantizes neither: the `ignore`
-lists of published checkpoints do not name them (`_maybe_ignore_quant_config`).
+vLLM takes images and chunks of videos of K2.5 as one modality, `vision_chunk`. It replicates the
+layers when their heads cannot be dealt, and the projector always, and quantizes neither: the
+`ignore` lists of published checkpoints do not name them (`_maybe_ignore_quant_config`).
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from math import sqrt
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm, replicated
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Tower, scoped, whole_number
+from tightfit.model.towers.base import Tower
+from tightfit.model.towers.moon_media import MoonImages, MoonMedia
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -24,10 +23,6 @@ from tightfit.model.towers.vit import (
     vision_attention,
     vision_mlp,
 )
-from tightfit.units import round_up
-
-PROFILED_SIDE = 3000
-"""Pixels of the image that vLLM profiles (`kimi_k25.py: MaxImageTokenMeta`)."""
 
 _K2_5 = {
     "vt_num_attention_heads": 16,
@@ -53,48 +48,6 @@ _K3 = {
     "patch_embed_proj_bias": False,
 }
 """Of vLLM's config classes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoonMedia(Media):
-    """An image has a bounded number of patches, and so has each of the frames of a chunk.
-
-    The settings are those of the published `preprocessor_config.json`, in `media_proc_cfg`.
-    """
-
-    patch_size: int
-    merge_size: int
-    patch_limit: int
-    frame_patch_limit: int
-    side_limit: int = 512
-    frames: int = 4
-
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """The larger of an image and a chunk of a video, of 3000 x 3000 pixels each."""
-        given = scoped(processor, "media_proc_cfg")
-        limit = whole_number(given, "in_patch_limit", self.patch_limit)
-        each = whole_number(given, "in_patch_limit_each_frame", self.frame_patch_limit)
-        frames = whole_number(given, "temporal_merge_kernel_size", self.frames)
-        if given.get("in_patch_limit_video") is not None:
-            total = whole_number(given, "in_patch_limit_video", limit)
-            each = max(1, min(each, round(total / frames)))
-        side = whole_number(given, "patch_limit_on_one_side", self.side_limit)
-        image, frame = self._patches(limit, side), self._patches(each, side)
-        merged = self.merge_size**2
-        patches, tokens = (frames * frame, frame // merged)
-        if tokens < image // merged:
-            patches, tokens = image, image // merged
-        inputs = patches * 3 * self.patch_size**2
-        return (Item(modality="vision_chunk", patches=patches, tokens=tokens, inputs=inputs),)
-
-    def _patches(self, limit: int, side_limit: int) -> int:
-        """Of a square, after the resize of `navit_resize_image` and its padding."""
-        longest = side_limit * self.patch_size
-        columns = max(1, PROFILED_SIDE // self.patch_size)
-        scale = min(1.0, sqrt(limit) / columns, longest / PROFILED_SIDE)
-        pixels = min(max(1, int(PROFILED_SIDE * scale)), longest)
-        side = round_up(pixels, self.patch_size * self.merge_size) // self.patch_size
-        return side * side
 
 
 def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False) -> Tower:
@@ -142,13 +95,12 @@ def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False)
     )
     patch, merge = vision.integer("patch_size", default=14), _merge(vision)
     return Tower(
-        modalities=("vision_chunk",),
+        modalities=("image",) if third else ("vision_chunk",),
         weights=tuple(replace(w, linear=False) for w in _weights(vision, layers, text_hidden_size)),
-        media=MoonMedia(
-            patch_size=patch,
-            merge_size=merge,
-            patch_limit=65_536 if third else 16_384,
-            frame_patch_limit=4096,
+        media=MoonImages(patch_size=patch, merge_size=merge)
+        if third
+        else MoonMedia(
+            patch_size=patch, merge_size=merge, patch_limit=16_384, frame_patch_limit=4096
         ),
         hidden_size=hidden,
         intermediate_size=mlp.intermediate_size,
