@@ -141,8 +141,9 @@ class Answers:
         from tightfit.planner.assemble import engine
         from tightfit.planner.explain import explain, explanation_lines
 
-        parallel = engine(options).parallel(options)
-        found = explain(plan, self.opened.spec, parallel, name)
+        chosen = engine(options)
+        spec = chosen.adapt(self.opened.spec, options)
+        found = explain(plan, spec, chosen.parallel(options), name)
         if self.form == "json":
             print_json({"schema": SCHEMA, "explain": [one.to_json() for one in found]})
             return

@@ -14,13 +14,20 @@ from tightfit.units import dtype_bytes
 
 _PARTS = (
     ("vision and audio towers", r"vis(ion|ual)|audio|image|mm_projector|multi_modal|aligner|tower"),
-    ("embedding", r"(embed_tokens|wte|word_embeddings|embed_positions|embed\.)"),
-    ("head", r"(^|\.)(lm_head|output_projection)\."),
+    (
+        "embedding",
+        r"(^|\.)(embed\w*|wte|wpe|word_emb\w*|tok_emb\w*)\.",
+    ),
+    ("head", r"(^|\.)(lm_head|output_layer)\.|^(model\.)?(output|head)\.|(^|\.)hc_head"),
     ("norms", r"norm"),
     ("experts", r"experts"),
     ("routers", r"\.(gate|router)\."),
-    ("attention", r"attn|attention|mamba|mixer|ssm|linear_att|indexer"),
-    ("MLP", r"mlp|feed_forward|block_sparse_moe|ffn"),
+    (
+        "state space, linear attention and convolutions",
+        r"mamba|ssm|linear_attn|\.conv\.|mixer\.(in_proj|conv1d|out_proj|x_proj|dt_|A|D)",
+    ),
+    ("MLP", r"mlp|feed_forward|block_sparse_moe|ffn|\.fc[12]\.|mixer\.(up|down|gate)\w*proj"),
+    ("attention", r"attn|attention|indexer|mixer"),
 )
 
 
@@ -54,6 +61,12 @@ class Explanation:
 
 def explain(plan: Plan, spec: ModelSpec, parallel: Parallel, name: str) -> list[Explanation]:
     """Explain a component of that name, on the ranks and on the host; `all` explains each.
+
+    Args:
+        plan: whose components are explained.
+        spec: the model as the engine builds it (`Engine.adapt`).
+        parallel: the layout of the plan.
+        name: of a component, or `all`.
 
     Raises:
         UsageError: the plan has no such component.
@@ -98,7 +111,7 @@ def weight_parts(spec: ModelSpec, rank: Rank, dtype: str) -> tuple[Part, ...]:
     """The weights of a rank by what they are for and by dtype, the largest first."""
     totals: dict[tuple[str, str], tuple[int, int]] = {}
     for weight in held(spec, rank):
-        key = (_kind(weight.name), weight.dtype or dtype)
+        key = (_kind(weight.name), weight.held_dtype(dtype))
         elements = weight.census(rank).elements
         count, nbytes = totals.get(key, (0, 0))
         totals[key] = (count + elements, nbytes + dtype_bytes(key[1], elements))
