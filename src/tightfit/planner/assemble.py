@@ -67,7 +67,8 @@ def make_plan(
         return pool.holds(length)
 
     resolved, fixed, pool = attempt(options.max_model_len)
-    longest = None if pool.num_blocks is None else _longest(holds, pool, model_max_len(spec))
+    limit = max(model_max_len(spec), resolved.max_model_len.value)
+    longest = None if pool.num_blocks is None else _longest(holds, pool, limit)
     if options.max_model_len == -1 and longest is not None:
         resolved, fixed, pool = attempt(max(longest, 1))
         fitted = Option(value=max(longest, 1), origin="fitted")
@@ -83,6 +84,7 @@ def make_plan(
         kv_cache=_kv_plan(pool, resolved),
         verdict=_verdict(pool, chosen, resolved.max_model_len.value, longest),
         not_modelled=chosen.not_modelled,
+        warnings=spec.notes,
     )
 
 
@@ -142,7 +144,7 @@ def _summary(spec: ModelSpec, name: str, *, from_headers: bool) -> ModelSummary:
         architecture=spec.architecture,
         params=parameter_count(spec),
         checkpoint_bytes=checkpoint_bytes(spec),
-        weights_origin="headers" if from_headers else "shapes",
+        weights_origin=spec.listed_from or ("headers" if from_headers else "shapes"),
     )
 
 

@@ -4,11 +4,15 @@ from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.plan import Component
 
 
-def encoder(setting: Setting) -> list[Component]:
+def encoder(setting: Setting, step_peak_bytes: int) -> list[Component]:
     """`vision_encoder` and `encoder_cache`, where a tower is built and profiled.
 
     The outputs stay while the decoder is profiled; the run itself is over by then, so that only
     what it takes beyond the decoder's peak is added. The V2 runner ran no encoder before 0.27.
+
+    Args:
+        setting: of the rank.
+        step_peak_bytes: the decoder's peak.
     """
     spec = setting.spec
     profiled = setting.runner == "v1" or setting.rules.v2_profiles_encoder
@@ -30,10 +34,11 @@ def encoder(setting: Setting) -> list[Component]:
     return [
         Component(
             name="vision_encoder",
-            planned_bytes=run.nbytes,
+            planned_bytes=max(0, run.nbytes - step_peak_bytes - outputs.nbytes),
             origin="derived",
-            formula=run.formula,
-            detail={"resident_bytes": 0},
+            formula=f"{run.formula}: {run.nbytes}, less the peak of the decoder, which comes after "
+            f"it, and its outputs: {step_peak_bytes} + {outputs.nbytes}",
+            detail={"alone_bytes": run.nbytes, "resident_bytes": 0},
         ),
         Component(
             name="encoder_cache",

@@ -16,7 +16,9 @@ from tightfit.planner.plan import Component
 def components(setting: Setting) -> tuple[Component, ...]:
     """The lines of the budget, and those outside it."""
     found = [after_load(setting), *lora(setting)]
-    found += [*step_components(setting), *encoder(setting), persistent_buffers(setting)]
+    steps = step_components(setting)
+    step_peak = sum(component.planned_bytes for component in steps)
+    found += [*steps, *encoder(setting, step_peak), persistent_buffers(setting)]
     if setting.runner == "v2":
         found.append(block_tables(setting))
     captured = graphs(setting)
