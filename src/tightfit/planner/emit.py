@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from tightfit.errors import UsageError
-from tightfit.planner.options import KV_DTYPES, PlanOptions
+from tightfit.planner.options import KV_DTYPES, Option, PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.planner.vllm_flags import MATTERS
 from tightfit.units import TORCH_DTYPES, GiB, MiB, cdiv
@@ -120,7 +120,7 @@ def _asked(plan: Plan, options: PlanOptions | None) -> dict[str, Any]:
             found[one.name] = value
     for name in plan.options.__dataclass_fields__:
         option = getattr(plan.options, name)
-        if option is None or option.origin == "engine default" or option.origin == "config":
+        if not isinstance(option, Option) or option.origin in ("engine default", "config"):
             found.pop(name, None)
         elif option.origin in ("flag", "fitted"):
             found[name] = _spelled(name, option.value)
