@@ -225,6 +225,15 @@ def test_layers_alike_are_one_object() -> None:
         assert len({id(layer) for layer in layers}) <= 4
 
 
+def test_quantization_leaves_mamba_1_alone() -> None:
+    """vLLM's `MambaMixer` takes no `quant_config`; `MambaMixer2` does."""
+    names = ("AI21-Jamba-1.5-Mini", "granite-4.0-h-small")
+    quantized = [{w.name for w in parameters(read_spec(n)) if w.linear} for n in names]
+    assert "model.layers.0.mamba.in_proj.weight" not in quantized[0]
+    assert "model.layers.4.self_attn.qkv_proj.weight" in quantized[0]
+    assert "model.layers.0.mamba.in_proj.weight" in quantized[1]
+
+
 def test_latent_experts() -> None:
     """Nemotron 3 Super: experts see 1024 features, shared ones the whole hidden size."""
     name = "NVIDIA-Nemotron-3-Super-120B-A12B-FP8"

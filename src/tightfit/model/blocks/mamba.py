@@ -5,7 +5,7 @@ those of its `mamba_utils.py` (`MambaStateShapeCalculator`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tightfit.model.blocks.base import Mixer, Place
 from tightfit.model.blocks.linear import column_parallel, row_parallel, vector
@@ -30,7 +30,14 @@ class Mamba1(Mixer):
     """The dtype of the recurrent state, where the config gives one."""
 
     def weights(self, place: Place) -> Iterator[Weight]:
-        """Everything is dealt by channel; `x_proj` and `out_proj` read channels."""
+        """Everything is dealt by channel; `x_proj` and `out_proj` read channels.
+
+        vLLM builds them without the quantization of the rest.
+        """
+        for weight in self._weights(place):
+            yield replace(weight, linear=False) if weight.linear else weight
+
+    def _weights(self, place: Place) -> Iterator[Weight]:
         at, inner = place.inside(self.module), self._channels()
         yield from projection(
             f"{at.prefix}.in_proj",
