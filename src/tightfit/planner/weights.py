@@ -29,6 +29,8 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
         copies += census.copies * size
     ranks = rank.parallel.world_size
     formula = f"{_count(spec):,} parameters in {dtype}"
+    if spec.quantization is not None:
+        formula += f" and {spec.quantization.name}"
     if ranks > 1:
         formula += f", cut for {ranks} ranks"
     formula += f": {total:,} bytes"

@@ -102,7 +102,7 @@ def _tensor(weight: Weight, form: Form) -> Weight:
             raise LayoutError(
                 f"{tail(weight)} has {weight.columns} input features, which {columns} do not "
                 f"divide ({form.kind} holds one value for {columns} of them)",
-                hint="use a smaller group size, or one value for each output channel",
+                hint=_smaller(weight.columns, columns),
             )
     tensor = replace(
         weight,
@@ -124,6 +124,13 @@ def _tensor(weight: Weight, form: Form) -> Weight:
         *outer, last = tensor.source_shape(parts[0])
         return replace(tensor, stored_shape=(*outer, last // form.nested, form.nested))
     return tensor
+
+
+def _smaller(inputs: int, group_size: int) -> str:
+    sizes = [size for size in (64, 32) if size < group_size and inputs % size == 0]
+    if sizes:
+        return f"groups of {sizes[0]} divide it"
+    return "one scale for each output channel needs no groups (fp8-channel, int8)"
 
 
 def _part(part: Part, form: Form, weight: Weight) -> Part:
