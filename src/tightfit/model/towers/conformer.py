@@ -8,7 +8,7 @@ from tightfit.errors import ConfigError
 from tightfit.model.blocks.linear import norm, replicated, vector
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Tower, whole_number
 from tightfit.model.towers.vit import WHERE, convolution, parameter
 
 MEL_BINS = 128
@@ -24,8 +24,7 @@ class AudioClips(Media):
 
     def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
         """The longest clip; `audio_seq_length` of the processor says how many embeddings it has."""
-        wanted = processor.get("audio_seq_length")
-        tokens = wanted if isinstance(wanted, int) and wanted > 0 else self.tokens
+        tokens = whole_number(processor, "audio_seq_length", self.tokens)
         inputs = tokens * FRAMES_PER_TOKEN * MEL_BINS
         return (Item(modality="audio", patches=tokens, tokens=tokens, inputs=inputs),)
 

@@ -8,7 +8,15 @@ from typing import Any
 from tightfit.model.blocks.linear import norm
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.base import (
+    Item,
+    Media,
+    Sizes,
+    Tower,
+    scoped,
+    size_limit,
+    whole_number,
+)
 from tightfit.model.towers.siglip import Siglip, siglip
 from tightfit.model.towers.vit import WHERE, parameter
 
@@ -39,10 +47,10 @@ class Gemma3Images(Media):
         active: Collection[str],
     ) -> tuple[Item, ...]:
         """That image within a limit of width or height."""
-        given, limit = scoped(processor, "images_kwargs"), sizes.get("image", {})
-        most = int(given.get("pan_and_scan_max_num_crops", DEFAULT_MAX_CROPS))
-        width = min(self.image_size, limit.get("width", self.image_size))
-        height = min(self.image_size * most, limit.get("height", self.image_size * most))
+        given = scoped(processor, "images_kwargs")
+        most = whole_number(given, "pan_and_scan_max_num_crops", DEFAULT_MAX_CROPS)
+        width = size_limit(sizes, "image", "width", self.image_size)
+        height = size_limit(sizes, "image", "height", self.image_size * most)
         crops = 1 + self._crops(given, width, height, most)
         return (
             Item(
@@ -58,8 +66,9 @@ class Gemma3Images(Media):
         if not given.get("do_pan_and_scan"):
             return 0
         long, short = max(width, height), min(width, height)
-        least = int(given.get("pan_and_scan_min_crop_size", DEFAULT_MIN_CROP_SIZE))
-        if long / short < float(given.get("pan_and_scan_min_ratio_to_activate", DEFAULT_MIN_RATIO)):
+        least = whole_number(given, "pan_and_scan_min_crop_size", DEFAULT_MIN_CROP_SIZE)
+        ratio = given.get("pan_and_scan_min_ratio_to_activate")
+        if long / short < (ratio if isinstance(ratio, int | float) else DEFAULT_MIN_RATIO):
             return 0
         crops = min(most, max(2, min(long // least, math.floor(long / short + 0.5))))
         return 0 if min(math.ceil(long / crops), short) < least else crops

@@ -1,7 +1,6 @@
 """Gemma 3n's encoders: MobileNet V5 for images, a conformer for audio (vLLM's `gemma3n_mm.py`)."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.blocks.linear import norm, row_parallel
@@ -17,6 +16,7 @@ IMAGE_TOKENS = 256
 AUDIO_TOKENS = 188
 """Of every image, and of every clip: vLLM's constants."""
 IMAGE_PIXELS = 3 * 768**2
+KERNELS = [[3, 3], [3, 3]]
 ARCHITECTURE = "mobilenetv5_300m_enc"
 
 
@@ -58,8 +58,8 @@ def _vision(config: Config, text_hidden_size: int) -> Tower:
 
 
 def _audio(config: Config, text_hidden_size: int) -> Tower:
-    sides: Any = config.raw("sscp_conv_kernel_size", default=((3, 3), (3, 3)))
-    if [list(side) for side in sides] != [[3, 3], [3, 3]]:
+    sides = config.raw("sscp_conv_kernel_size", default=KERNELS)
+    if sides != KERNELS:
         raise UnsupportedModelError(f"sscp_conv_kernel_size = {sides!r} is not modelled")
     model = Conformer(
         hidden_size=config.integer("hidden_size", default=1536),

@@ -12,7 +12,7 @@ from tightfit.model.blocks.attention import Projections, QKNorm
 from tightfit.model.blocks.linear import replicated
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped, size_limit
 from tightfit.model.towers.conformer import conformer4
 from tightfit.model.towers.vit import (
     WHERE,
@@ -66,7 +66,7 @@ class Gemma4Images(Media):
         """Dummies of 224 x 224 pixels, or of fewer where a limit says so."""
         wanted = scoped(processor, "images_kwargs").get("max_soft_tokens")
         image = wanted if wanted in SOFT_TOKENS else self.tokens
-        frames = min(MOST_FRAMES, sizes.get("video", {}).get("num_frames", MOST_FRAMES))
+        frames = size_limit(sizes, "video", "num_frames", MOST_FRAMES)
         most = {"image": (1, image, 0), "video": (frames, FRAME_TOKENS, FRAME_TEXT_TOKENS)}
         return tuple(
             Item(
@@ -74,15 +74,16 @@ class Gemma4Images(Media):
                 patches=count * soft * self.pool**2,
                 tokens=count * (soft + text),
                 inputs=count * soft * self.pool**2 * 3 * self.patch_size**2,
-                profiled_tokens=count * self._soft_tokens(soft, sizes.get(modality, {})),
+                profiled_tokens=count * self._soft_tokens(soft, sizes, modality),
             )
             for modality, (count, soft, text) in most.items()
             if modality in active
         )
 
-    def _soft_tokens(self, most: int, limit: Mapping[str, int]) -> int:
+    def _soft_tokens(self, most: int, sizes: Sizes, modality: str) -> int:
         """Of the dummy image (vLLM's `_compute_num_soft_tokens`)."""
-        width, height = (min(DUMMY_SIDE, limit.get(k, DUMMY_SIDE)) for k in ("width", "height"))
+        width = size_limit(sizes, modality, "width", DUMMY_SIDE)
+        height = size_limit(sizes, modality, "height", DUMMY_SIDE)
         unit, size = self.patch_size * self.pool, self.patch_size
         scale = math.sqrt(most * self.pool**2 / (height / size * width / size))
         sides = [max(1, math.floor(side * scale / unit)) for side in (height, width)]

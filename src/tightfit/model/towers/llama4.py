@@ -8,7 +8,15 @@ from tightfit.errors import ConfigError
 from tightfit.model.blocks.linear import column_parallel, norm, row_parallel
 from tightfit.model.config import Config
 from tightfit.model.layout import Axis, Weight
-from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.base import (
+    Item,
+    Media,
+    Sizes,
+    Tower,
+    scoped,
+    size_limit,
+    whole_number,
+)
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -58,15 +66,10 @@ class Llama4Images(Media):
         active: Collection[str],
     ) -> tuple[Item, ...]:
         """That image within a limit of width or height."""
-        given, limit, tile = (
-            scoped(processor, "images_kwargs"),
-            sizes.get("image", {}),
-            self.image_size,
-        )
-        most = given.get("max_patches")
-        most = most if isinstance(most, int) and 0 < most <= MOST_TILES else DEFAULT_MAX_TILES
-        width = min(tile, limit.get("width", tile))
-        height = min(tile * most, limit.get("height", tile * most))
+        given, tile = scoped(processor, "images_kwargs"), self.image_size
+        most = min(MOST_TILES, whole_number(given, "max_patches", DEFAULT_MAX_TILES))
+        width = size_limit(sizes, "image", "width", tile)
+        height = size_limit(sizes, "image", "height", tile * most)
         tiles = best_tiles(
             width, height, tile, most, largest=bool(given.get("resize_to_max_canvas"))
         )
@@ -116,14 +119,14 @@ def llama4_tower(config: Config, text_hidden_size: int) -> Tower:
             )
     patches = (image // patch) ** 2
     width = vision.integer("intermediate_size")
-    ratio = vision.positive("pixel_shuffle_ratio", default=0.5)
+    ratio = min(1.0, vision.positive("pixel_shuffle_ratio", default=0.5))
     return Tower(
         modalities=("image",),
         weights=tuple(_weights(vision, patches, text_hidden_size)),
         media=Llama4Images(
             image_size=image,
             patches=patches + 1,
-            tokens=patches // max(1, round(1 / ratio**2)),
+            tokens=max(1, int(patches * ratio**2)),
             channels=vision.integer("num_channels"),
         ),
         hidden_size=hidden,

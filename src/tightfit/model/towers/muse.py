@@ -11,7 +11,7 @@ from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm, replicated
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Sizes, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower, size_limit
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -61,13 +61,13 @@ class MuseMedia(Media):
     ) -> tuple[Item, ...]:
         """Those within a limit of width, height or frames; the budget counts the largest."""
         most = max(1, min(max_tokens // MOST_FRAME_TOKENS, MOST_FRAMES // self.temporal))
-        frames = min(most * self.temporal, sizes.get("video", {}).get("num_frames", most * 2))
+        frames = size_limit(sizes, "video", "num_frames", most * self.temporal)
         kinds = (
             ("image", MOST_IMAGE_TOKENS, 1, 1, 1),
             ("video", MOST_FRAME_TOKENS, most, max(1, frames // self.temporal), self.temporal),
         )
         return tuple(
-            self._item(modality, each, counted, groups, depth, sizes.get(modality, {}))
+            self._item(modality, each, counted, groups, depth, sizes)
             for modality, each, counted, groups, depth in kinds
             if modality in active
         )
@@ -79,11 +79,12 @@ class MuseMedia(Media):
         counted: int,
         groups: int,
         depth: int,
-        limit: Mapping[str, int],
+        sizes: Sizes,
     ) -> Item:
         unit = self.patch_size * self.merge
         side = math.isqrt(each) * unit
-        width, height = (min(side, limit.get(name, side)) for name in ("width", "height"))
+        width = size_limit(sizes, modality, "width", side)
+        height = size_limit(sizes, modality, "height", side)
         tokens = groups * grid_tokens(width, height, unit, each)
         return Item(
             modality=modality,

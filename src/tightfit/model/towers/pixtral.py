@@ -9,7 +9,15 @@ from tightfit.errors import ConfigError
 from tightfit.model.blocks.linear import column_parallel, norm, replicated, row_parallel
 from tightfit.model.config import Config
 from tightfit.model.layout import Axis, Weight
-from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped
+from tightfit.model.towers.base import (
+    Item,
+    Media,
+    Sizes,
+    Tower,
+    scoped,
+    size_limit,
+    whole_number,
+)
 from tightfit.model.towers.clip import feature_layers
 from tightfit.model.towers.vit import (
     WHERE,
@@ -54,8 +62,8 @@ class PixtralImages(Media):
     ) -> tuple[Item, ...]:
         """The square, or what is left of it within a limit of width or height."""
         edge = self._longest_edge(processor)
-        limit, unit = sizes.get("image", {}), self.patch_size * self.merge
-        sides = [min(edge, limit.get(side, edge)) for side in ("width", "height")]
+        unit = self.patch_size * self.merge
+        sides = [size_limit(sizes, "image", side, edge) for side in ("width", "height")]
         shrink = max(1.0, max(sides) / edge)
         columns, rows = ((math.floor(side / shrink) - 1) // unit + 1 for side in sides)
         pixels = columns * rows * unit**2
@@ -70,8 +78,9 @@ class PixtralImages(Media):
 
     def _longest_edge(self, processor: Mapping[str, Any]) -> int:
         size = scoped(processor, "images_kwargs").get("size")
-        edge = size.get("longest_edge") if isinstance(size, Mapping) else None
-        return edge if isinstance(edge, int) and edge > 0 else self.image_size
+        return whole_number(
+            size if isinstance(size, Mapping) else {}, "longest_edge", self.image_size
+        )
 
 
 def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:

@@ -76,7 +76,7 @@ def siglip(config: Config) -> Siglip:
     """Read a `vision_config`; what it leaves out is as in `SiglipVisionConfig`.
 
     Raises:
-        ConfigError: its heads do not divide the hidden size.
+        ConfigError: its heads do not divide the hidden size, or no patch fits.
     """
     config = config.with_defaults(_DEFAULTS)
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
@@ -86,13 +86,19 @@ def siglip(config: Config) -> Siglip:
             f"num_attention_heads = {heads}",
             hint="correct the config.json",
         )
+    image, patch = config.integer("image_size"), config.integer("patch_size")
+    if patch > image:
+        raise ConfigError(
+            f"{config.name} has patch_size = {patch}, which is more than image_size = {image}",
+            hint="correct the config.json",
+        )
     return Siglip(
         hidden_size=hidden,
         intermediate_size=config.integer("intermediate_size"),
         num_layers=config.integer("num_hidden_layers", maximum=1000),
         num_heads=heads,
-        image_size=config.integer("image_size"),
-        patch_size=config.integer("patch_size"),
+        image_size=image,
+        patch_size=patch,
         channels=config.integer("num_channels"),
         activation=config.text("hidden_act", default="gelu_pytorch_tanh"),
         has_head=config.boolean("vision_use_head", default=True),
