@@ -1,23 +1,35 @@
 """Which modules the lists of a quantization_config mean."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from support.make_quantized_data import LLAMA
 from support.quantized import DATA, llama, stored
 from tightfit.errors import (
     ConfigError,
     UnsupportedModelError,
 )
+from tightfit.model.blocks.linear import replicated
+from tightfit.model.config import Config
+from tightfit.model.families import model_spec
+from tightfit.model.layout import Stage
 from tightfit.model.parameters import parameters
 from tightfit.model.quantization.matching import Names, compressed_tensors, modules
+from tightfit.model.quantization.read import read_quantization
 from tightfit.model.sources import source_shapes
+from tightfit.model.spec import Names as Surroundings
+from tightfit.model.towers.base import Item, Media, Tower
 
 
 def test_lists_of_modules() -> None:
     both = compressed_tensors(["lm_head", r"re:.*self_attn\.(q|k)_proj$"])
     assert "lm_head" in both
     assert "model.lm_head" not in both
+    assert "language_model.lm_head" in both
     assert "model.layers.3.self_attn.k_proj" in both
     assert "model.layers.3.self_attn.o_proj" not in both
     listed = modules(["model.layers.1", "gate", "visual*", "model.language_model.layers.2.mlp*"])
@@ -90,3 +102,42 @@ def test_quantized_output_layer() -> None:
     """Linear in transformers, so that a list that does not name it quantizes it."""
     section = {**DATA["sections"]["W4A16"], "ignore": []}
     assert source_shapes(llama(section))["lm_head.weight_packed"] == (320, 32)
+
+
+def test_the_section_of_a_text_model_leaves_its_towers_alone() -> None:
+    """Kimi K2.5: bfloat16 towers that no list names."""
+    spec = replace(
+        model_spec(LLAMA),
+        names=Surroundings(
+            embedding="language_model.model.embed_tokens", head="language_model.lm_head"
+        ),
+        towers=(tower(),),
+    )
+    section = {**DATA["sections"]["W4A16"], "ignore": ["lm_head"]}
+    found = stored(
+        read_quantization(Config({"text_config": {"quantization_config": section}}), spec)
+    )
+    assert found["vision.fc.weight"].dtype == "BF16"
+    assert found["language_model.lm_head.weight"].dtype == "BF16"
+    assert found["model.layers.0.mlp.up_proj.weight_packed"].dtype == "I32"
+    outer = stored(read_quantization(Config({"quantization_config": section}), spec))
+    assert outer["vision.fc.weight_packed"].dtype == "I32"
+
+
+def tower() -> Tower:
+    class Nothing(Media):
+        def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+            return ()
+
+    weights = replicated("vision.fc", rows=64, columns=128, where=Stage.FIRST)
+    return Tower(
+        modalities=("image",),
+        weights=tuple(weights),
+        media=Nothing(),
+        hidden_size=128,
+        intermediate_size=64,
+        num_heads=1,
+        head_dim=128,
+        num_layers=1,
+        output_size=256,
+    )

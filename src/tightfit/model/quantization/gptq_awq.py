@@ -39,7 +39,7 @@ def gptq(section: Config, head: str) -> Recipe:
         name=f"gptq (w{bits} group {group_size or 'all'})",
         rules=(*_dynamic(section), base),
         head=head if section.boolean("lm_head") else None,
-        layers_only=not section.boolean("lm_head"),
+        layers_only=True,
         # AutoGPTQ writes biases of zeros for layers that have none.
         optional_sources=(r"_proj\.bias$",),
         refused=tuple(refused),
@@ -61,14 +61,13 @@ def awq(section: Config, head: str) -> Recipe:
     bits = section.integer("w_bit", "bits", default=4, maximum=32)
     size = section.integer("q_group_size", "group_size", default=128, minimum=-1)
     group_size = size if size > 0 else None
-    quantized_head = section.boolean("lm_head")
     forms = schemes.awq(bits, group_size, zero_point=section.boolean("zero_point", default=True))
     return Recipe(
         name=f"awq (w{bits} group {group_size or 'all'})",
         rules=(Rule(forms=forms, everything=True),),
         ignored=Names(contained=section.strings("modules_to_not_convert")),
-        head=head if quantized_head else None,
-        layers_only=not quantized_head,
+        head=head if section.boolean("lm_head") else None,
+        layers_only=True,
     )
 
 

@@ -78,13 +78,16 @@ def modules(entries: Iterable[str]) -> Names:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """Models of text and images are called both ways (vLLM's `modelopt.py` tries them too)."""
-    one, other = "language_model.model.", "model.language_model."
+    """Text models inside others are called in several ways (vLLM's `modelopt.py` tries them too).
+
+    A section that the text model brought with it has names without what is around it.
+    """
+    one, other, alone = "language_model.model.", "model.language_model.", "language_model."
     if name.startswith(one):
-        return name, other + name.removeprefix(one)
+        return name, other + name.removeprefix(one), name.removeprefix(alone)
     if name.startswith(other):
         return name, one + name.removeprefix(other)
-    return (name,)
+    return (name, name.removeprefix(alone)) if name.startswith(alone) else (name,)
 
 
 def _dotted_runs(name: str, longest: int) -> Iterable[str]:

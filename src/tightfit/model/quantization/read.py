@@ -55,7 +55,8 @@ def read_quantization(config: Config, spec: ModelSpec) -> ModelSpec:
         return spec
     text = config.section("text_config")
     section = config.section("quantization_config") or config.section("compression_config")
-    if section is None and text is not None:
+    nested = section is None and text is not None
+    if nested and text is not None:
         section = text.section("quantization_config")
     if section is None:
         return spec
@@ -66,6 +67,9 @@ def read_quantization(config: Config, spec: ModelSpec) -> ModelSpec:
             hint=_HINTS.get(method, "modelled: " + ", ".join(_READERS)),
         )
     recipe = _READERS[method](section, f"{spec.names.head}.weight")
+    if nested and recipe is not None:
+        # It is the text model's alone: towers stay as they are, though no list says so.
+        recipe = replace(recipe, layers_only=True)
     if method == "mxfp4" and not (config.has("dtype") or config.has("torch_dtype")):
         # gpt-oss does not say; vLLM computes MXFP4 in no other dtype.
         spec = replace(spec, dtype="BF16")

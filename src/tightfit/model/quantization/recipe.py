@@ -30,7 +30,7 @@ class Recipe(Quantization):
     head: str | None = None
     """Name of the output layer's weight, where lists decide about it as well."""
     layers_only: bool = False
-    """Only decoder layers are ever quantized, whatever is not ignored."""
+    """Only decoder layers (and the head) are ever quantized, whatever is not ignored."""
     experts_only: bool = False
     splits_experts: bool = True
     """Experts that a plain checkpoint holds in one tensor have a tensor each."""
@@ -83,7 +83,8 @@ class Recipe(Quantization):
         """
         if not (weight.linear or weight.name == self.head) or weight.columns is None:
             return None
-        if self.layers_only and not isinstance(weight.where, int):
+        inside = isinstance(weight.where, int) or weight.name == self.head
+        if self.layers_only and not inside:
             return None
         if self.experts_only and not weight.experts:
             return None
