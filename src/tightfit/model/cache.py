@@ -59,11 +59,11 @@ class State:
     role: str
     """`conv` or `ssm`: engines let the user choose a dtype for each."""
     dtype: str | None = None
-    """The config's, or None for the engine's default."""
+    """The config's, or None for the engine's default; a user's choice goes before it."""
 
     def nbytes(self, dtype: str) -> int:
-        """Bytes in its own dtype, or in the one given."""
-        return dtype_bytes(self.dtype or dtype, prod(self.shape))
+        """Bytes in a dtype."""
+        return dtype_bytes(dtype, prod(self.shape))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,6 +84,8 @@ class ModelSpec:
     vocab_size: int
     layers: tuple[Layer, ...]
     max_position_embeddings: int
+    length_is_free: bool = False
+    """No length is in the config: engines take any that the user gives, and else this."""
     norm_eps: float
     norm_style: NormStyle = NormStyle.PRE
     norm_unit_offset: bool = False

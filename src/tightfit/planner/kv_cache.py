@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.cache import Cache, CacheKind, StateCache, TokenCache
+from tightfit.model.cache import Cache, CacheKind, State, StateCache, TokenCache
 from tightfit.model.layout import Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
 from tightfit.units import DTYPE_BITS, cdiv
@@ -140,6 +140,14 @@ class CacheDtypes:
     tokens: str
     conv: str
     ssm: str
+    given: frozenset[str] = frozenset()
+    """Roles of states whose dtype the user chose, whatever the config says."""
+
+    def of_state(self, state: State) -> str:
+        """The dtype of one array of a recurrent state."""
+        if state.dtype is not None and state.role not in self.given:
+            return state.dtype
+        return self.ssm if state.role == "ssm" else self.conv
 
     @classmethod
     def of(cls, dtype: str) -> "CacheDtypes":
@@ -186,8 +194,7 @@ def layer_kinds(
 
 def _kind(cache: Cache, dtypes: CacheDtypes, *, windows: bool) -> LayerKind:
     if isinstance(cache, StateCache):
-        default = {"conv": dtypes.conv, "ssm": dtypes.ssm}
-        size = sum(state.nbytes(default.get(state.role, dtypes.conv)) for state in cache.states)
+        size = sum(state.nbytes(dtypes.of_state(state)) for state in cache.states)
         return LayerKind(kind="state", state_bytes=size)
     if cache.tokens_per_row > 1:
         raise UnsupportedModelError(

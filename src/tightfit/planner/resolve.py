@@ -53,7 +53,7 @@ def resolve_max_model_len(spec: ModelSpec, options: PlanOptions) -> Option[int]:
     """
     longest = model_max_len(spec)
     asked = options.max_model_len
-    if asked is not None and asked > longest:
+    if asked is not None and asked > longest and not spec.length_is_free:
         raise UsageError(
             f"--max-model-len {asked} is more than the model's {longest}",
             hint=f"use at most {longest}",

@@ -26,6 +26,7 @@ def spec(config: Config) -> ModelSpec:
         names=BACKBONE,
         norm_eps=config.positive("layer_norm_epsilon", default=1e-5),
         default_tied=not second,
+        length_is_free=not config.has("max_position_embeddings"),
         verified_for_sharding=False,
     )
 

@@ -35,7 +35,6 @@ class VLLM(Engine):
     models_driver = True
     out_of_memory = "torch.OutOfMemoryError: CUDA out of memory."
     not_modelled = (
-        "start-up with a warm compile cache",
         "speculative decoding",
         "other processes on the device",
     )
@@ -283,6 +282,8 @@ def _cache_dtypes(resolved: Resolved) -> CacheDtypes:
         tokens=resolved.kv_cache_dtype.value,
         conv=conv,
         ssm=conv if ssm == "auto" else TORCH_DTYPES[ssm],
+        # `NemotronHForCausalLMConfig`: the config's dtype is for `auto` only.
+        given=frozenset() if ssm == "auto" else frozenset({"ssm"}),
     )
 
 
