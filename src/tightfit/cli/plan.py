@@ -209,7 +209,7 @@ def plan(
     if request.log is not None and from_log is not None and calibrate:
         from tightfit.cli.log_view import remember
 
-        note(remember(result, request.log, from_log))
+        note(remember(opened.plan(options, corrected=False), request.log, from_log))
     raise typer.Exit(code)
 
 

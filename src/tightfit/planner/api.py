@@ -1,9 +1,11 @@
 """Plan a model wherever its checkpoint is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.describe import describe
+from tightfit.model.listed import assumed
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.options import PlanOptions
@@ -21,16 +23,30 @@ class OpenedModel:
     from_headers: bool
     tokenizer_json_bytes: int = 0
 
-    def plan(self, options: PlanOptions) -> Plan:
+    def plan(self, options: PlanOptions, *, corrected: bool = True) -> Plan:
         """Plan it with these options.
+
+        Args:
+            options: of the plan.
+            corrected: by what the user's own start-ups have taught (`user_calibration`).
 
         Raises:
             TightfitError: see `make_plan`.
         """
         if self.tokenizer_json_bytes:
             options = replace(options, tokenizer_json_bytes=self.tokenizer_json_bytes)
+        spec = assumed(
+            self.spec,
+            full_attention=options.assume_full_attention,
+            ranks=options.tensor_parallel_size,
+            stages=options.pipeline_parallel_size,
+        )
         return make_plan(
-            self.spec, options, name=self.checkpoint.name, from_headers=self.from_headers
+            spec,
+            options,
+            name=self.checkpoint.name,
+            from_headers=self.from_headers,
+            measured=_own_measurements(spec, options) if corrected else None,
         )
 
 
@@ -41,6 +57,22 @@ class Planned:
     checkpoint: Checkpoint
     spec: ModelSpec
     plan: Plan
+
+
+def _own_measurements(spec: ModelSpec, options: PlanOptions) -> Mapping[str, int]:
+    """Reads nothing where the user has no such file."""
+    if options.engine != "vllm" or options.device is None:
+        return {}
+    from tightfit.planner.engines.vllm_versions import rules_of
+    from tightfit.planner.user_calibration import adjustments
+
+    return adjustments(
+        options.engine,
+        options.engine_version or rules_of(None).version,
+        options.device.name,
+        spec.architecture,
+        options.tensor_parallel_size,
+    )
 
 
 def open_model(
@@ -64,9 +96,12 @@ def open_model(
     checkpoint = open_checkpoint(model, revision=revision, download=download)
     description = describe(checkpoint)
     text = with_text and checkpoint.source.exists(_TOKENIZER)
+    spec = description.spec
+    if description.warnings:
+        spec = replace(spec, notes=(*spec.notes, *description.warnings))
     return OpenedModel(
         checkpoint=checkpoint,
-        spec=description.spec,
+        spec=spec,
         from_headers=description.from_headers,
         tokenizer_json_bytes=checkpoint.source.size(_TOKENIZER) if text else 0,
     )
