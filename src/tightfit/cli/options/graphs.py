@@ -58,3 +58,21 @@ UseV2ModelRunner = Annotated[
         show_default="the version's",
     ),
 ]
+UseFlashinferSampler = Annotated[
+    bool | None,
+    typer.Option(
+        "--use-flashinfer-sampler/--no-use-flashinfer-sampler",
+        rich_help_panel=_PANEL,
+        help="vLLM's environment variable VLLM_USE_FLASHINFER_SAMPLER.",
+        show_default="the version's",
+    ),
+]
+WarmCompileCache = Annotated[
+    bool | None,
+    typer.Option(
+        "--warm-compile-cache/--no-warm-compile-cache",
+        rich_help_panel=_PANEL,
+        help="Not the first start of this model: nothing is compiled or timed again.",
+        show_default=False,
+    ),
+]
