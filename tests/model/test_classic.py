@@ -220,7 +220,7 @@ def test_classifiers_score_in_float32() -> None:
 
 
 @pytest.mark.parametrize(("architecture", "hint"), [
-    ("Qwen4ForCausalLM", "close names that are: Qwen3ForCausalLM"),
+    ("Qwen4ForCausalLM", "close names that are: QWenLMHeadModel, Qwen3ForCausalLM"),
     ("BertModel", None),
 ])  # fmt: skip
 def test_unknown_architectures_suggest_close_names(architecture: str, hint: str | None) -> None:

@@ -166,7 +166,7 @@ def test_unknown_architecture() -> None:
     assert isinstance(found, UnsupportedModelError)
     assert found.message == "architecture LlamoForCausalLM is not modelled"
     assert found.hint is not None
-    assert found.hint.startswith("close names that are: LlamaForCausalLM, ")
+    assert found.hint.startswith("close names that are: LlamaForCausalLM")
     assert found.exit_code == 3
 
 

@@ -8,13 +8,16 @@ from typing import Any
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import read_config
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.errors import CheckpointError
+from tightfit.errors import CheckpointError, UnknownArchitectureError
 from tightfit.model.families import model_spec
-from tightfit.model.sources import check_sources, untied
+from tightfit.model.families.pooling import pooling
+from tightfit.model.sources import as_base_model, check_sources, untied
 from tightfit.model.spec import ModelSpec
 
 _CHUNK_BYTES = 2**23
 _MODELOPT = "hf_quant_config.json"
+_SENTENCES = "modules.json"
+"""Of Sentence Transformers: vLLM then serves embeddings, whatever the architecture is called."""
 _PROMISED = re.compile(
     r"(?<![a-z0-9])(fp8|nvfp4|mxfp[48]|awq|gptq|int[48]|w[48]a(?:4|8|16)|bnb|[48]-?bit)(?![a-z0-9])",
     re.IGNORECASE,
@@ -39,10 +42,19 @@ def describe(checkpoint: Checkpoint) -> Description:
         UnsupportedModelError: the architecture is not modelled.
         CheckpointError: a tensor is missing, or is not what config.json says.
     """
-    spec = model_spec(_with_modelopt(checkpoint))
+    try:
+        spec = model_spec(_with_modelopt(checkpoint))
+    except UnknownArchitectureError as error:
+        from tightfit.checkpoint.unknown import unknown_spec
+
+        spec = unknown_spec(checkpoint, error)
+        return Description(spec=spec, from_headers=checkpoint.has_weights)
+    if checkpoint.source.exists(_SENTENCES):
+        spec = pooling(spec)
     if not checkpoint.has_weights:
         return Description(spec=spec, from_headers=False, warnings=_warnings(spec, checkpoint.name))
     tensors = checkpoint.tensors()
+    spec = as_base_model(spec, tensors)
     if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, tensors):
         # Fine-tuning and quantizing leave such checkpoints, and vLLM unties them as well.
         spec = untied(spec, tensors)

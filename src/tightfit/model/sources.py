@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from tightfit.errors import CheckpointError
+from tightfit.model.layout import Weight
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
 
@@ -64,6 +65,37 @@ def untied(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     if spec.tie_word_embeddings and f"{spec.names.head}.weight" in tensors:
         return replace(spec, tie_word_embeddings=False)
     return spec
+
+
+def as_base_model(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """The spec with shorter names, if the checkpoint is of a base model that was saved alone.
+
+    Such names lack their first component: `layers.0...` for `model.layers.0...`. GPT-2, BLOOM and
+    most embedding models are published so, and vLLM adds what is missing.
+    """
+    names = spec.names
+    prefix, dot, rest = names.embedding.partition(".")
+    if not dot or f"{names.embedding}.weight" in tensors or f"{rest}.weight" not in tensors:
+        return spec
+
+    def short(name: str) -> str:
+        return name.removeprefix(prefix + dot)
+
+    def renamed(weight: Weight) -> Weight:
+        parts = tuple(replace(part, source=short(part.source)) for part in weight.parts)
+        return replace(weight, name=short(weight.name), parts=parts)
+
+    return replace(
+        spec,
+        names=replace(
+            names,
+            embedding=rest,
+            layers=short(names.layers),
+            norm=None if names.norm is None else short(names.norm),
+        ),
+        extras=tuple(map(renamed, spec.extras)),
+        verified_for_sharding=False,
+    )
 
 
 def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -4,9 +4,9 @@
 test checks the table against the files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -222,10 +222,19 @@ def text_spec(
     return replace(spec, architecture=config.strings("architectures")[0])
 
 
+def _stem(architecture: str) -> str:
+    """The name of the family, without what its class is for."""
+    return re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", architecture).lower()
+
+
 def _family(architecture: str) -> Any:
     """The module of a family, which has `spec(config)`."""
     if architecture not in _MODULES:
-        close = get_close_matches(architecture, _MODULES, n=3, cutoff=0.75)
+        from difflib import get_close_matches
+
+        stems = {_stem(name): name for name in reversed(tuple(_MODULES))}
+        matches = get_close_matches(_stem(architecture), stems, n=3, cutoff=0.7)
+        close = [stems[match] for match in matches]
         raise UnknownArchitectureError(
             f"architecture {architecture} is not modelled",
             hint=f"close names that are: {', '.join(close)}" if close else None,

@@ -41,10 +41,14 @@ def as_pooling(spec: ModelSpec, config: Config, architecture: str) -> ModelSpec:
                 engine_dtype="F32",
             ),
         )
+    return pooling(replace(spec, extras=(*spec.extras, *scores)))
+
+
+def pooling(spec: ModelSpec) -> ModelSpec:
+    """The model without its head, which its checkpoint may have nevertheless."""
     return replace(
         spec,
         pooling=True,
-        extras=(*spec.extras, *scores),
         ignored_sources=(*spec.ignored_sources, r"^lm_head\."),
         verified_for_sharding=False,
     )
