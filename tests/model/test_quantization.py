@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from support.configs import read_config
 from support.make_quantized_data import EXPERTS, LLAMA
@@ -10,6 +12,7 @@ from support.quantized import DATA, GATE, Tensor, groups, llama, llama_8b, loade
 from tightfit.errors import (
     CheckpointError,
     ConfigError,
+    TightfitError,
     UnsupportedModelError,
 )
 from tightfit.model.families import model_spec
@@ -252,3 +255,99 @@ def test_g_idx_may_be_missing() -> None:
     check_sources(spec, {k: v for k, v in tensors.items() if not k.endswith("g_idx")}, "here")
     bias = {"model.layers.0.mlp.up_proj.bias": Tensor(dtype="F16", shape=(512,))}
     check_sources(spec, {**tensors, **bias}, "here")
+
+
+_WORDS = [
+    "int",
+    "float",
+    "group",
+    "channel",
+    "FP8",
+    "NVFP4",
+    "MIXED_PRECISION",
+    "Linear",
+    "re:(",
+    "pack-quantized",
+    "gemm",
+    "fp8",
+    "float-quantized",
+    "int-quantized",
+    "lm_head",
+]
+_INNER = [
+    "weights",
+    "input_activations",
+    "targets",
+    "num_bits",
+    "type",
+    "strategy",
+    "group_size",
+    "quant_algo",
+    "symmetric",
+    "bits",
+    "a",
+    "quantized_layers",
+]
+_METHODS = [
+    "fp8",
+    "fbgemm_fp8",
+    "gptq",
+    "awq",
+    "auto-round",
+    "modelopt",
+    "mxfp4",
+    "mxfp8",
+    "compressed-tensors",
+]
+_KEYS = [
+    "config_groups",
+    "ignore",
+    "format",
+    "kv_cache_scheme",
+    "bits",
+    "group_size",
+    "sym",
+    "dynamic",
+    "desc_act",
+    "lm_head",
+    "weight_block_size",
+    "activation_scheme",
+    "quant_algo",
+    "quantization",
+    "quantized_layers",
+    "zero_point",
+    "modules_to_not_convert",
+    "exclude_modules",
+    "packing_format",
+    "sparsity_config",
+]
+_LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 300),
+    st.floats(allow_nan=True),
+    st.sampled_from([*_WORDS, ""]),
+)
+_VALUES = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(_INNER), inner, max_size=5),
+    ),
+    max_leaves=8,
+)
+_SECTIONS = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from([*_METHODS, 3, None])},
+    optional=dict.fromkeys(_KEYS, _VALUES),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(section=_SECTIONS)
+def test_any_section_is_read_or_refused(section: dict[str, object]) -> None:
+    try:
+        spec = llama(section)
+        sizes = checkpoint_bytes(spec), loaded_bytes(spec)
+    except TightfitError:
+        return
+    assert min(sizes) > 0
