@@ -306,3 +306,9 @@ def test_old_and_new_gemma_3_configs_say_the_same() -> None:
     spec = model_spec(bare)
     assert parameter_count(spec) == 4_300_079_472
     assert sequence_bytes(spec) == sequence_bytes(read_spec("gemma-3-4b-it"))
+
+
+def test_a_plan_says_that_vllm_dropped_a_model() -> None:
+    """`models/registry.py` of 0.32 has it among those that it supported before."""
+    (note,) = read_spec("Llama-3.2-11B-Vision").notes
+    assert "up to 0.10.2" in note

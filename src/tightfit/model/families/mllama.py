@@ -23,6 +23,9 @@ _TEXT = {
     "max_position_embeddings": 131_072,
     "rms_norm_eps": 1e-5,
 }
+LAST_ENGINE = (
+    "vLLM serves MllamaForConditionalGeneration up to 0.10.2 only; later versions refuse to load it"
+)
 CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
 ADDED_EMBEDDINGS = 8
 """Rows of the embedding for tokens that are only read, such as that of an image."""
@@ -53,4 +56,5 @@ def spec(config: Config) -> ModelSpec:
         layers=tuple(cross if i in crossing else plain for i in range(text.num_layers)),
         added_embeddings=ADDED_EMBEDDINGS,
         encoder_tokens=tower.media.largest({}, 0)[0].tokens,
+        notes=(*model.notes, LAST_ENGINE),
     )
