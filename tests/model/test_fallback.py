@@ -185,6 +185,25 @@ class Seen:
         self.dtype, self.shape, self.nbytes = dtype, shape, 4
 
 
+def test_a_head_beside_a_tied_embedding_may_have_any_name(tmp_path: Path) -> None:
+    """A tied NeoX with an `embed_out` of its own: it counts, as vLLM loads it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from tightfit.model.families import model_spec
+    from tightfit.model.sources import source_shapes
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = read_config("pythia-160m") | small | {"num_hidden_layers": 1, "vocab_size": 64}
+    shapes = source_shapes(model_spec(config))
+    tensors = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    tmp_path.joinpath("config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    spec = open_model(str(tmp_path)).spec
+    assert not spec.tie_word_embeddings
+    assert source_shapes(spec) == shapes
+
+
 def test_sentence_transformers_serve_embeddings(tmp_path: Path) -> None:
     from tightfit.checkpoint.checkpoint import open_checkpoint
 

@@ -55,7 +55,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         return Description(spec=spec, from_headers=False, warnings=_warnings(spec, checkpoint.name))
     tensors = checkpoint.tensors()
     spec = as_base_model(spec, tensors)
-    if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, tensors):
+    if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, spec, tensors):
         # Fine-tuning and quantizing leave such checkpoints, and vLLM unties them as well.
         spec = untied(spec, tensors)
     check_sources(spec, tensors, checkpoint.name)
@@ -108,9 +108,12 @@ def require_weights(checkpoint: Checkpoint, command: str) -> None:
     )
 
 
-def _tables_are_equal(checkpoint: Checkpoint, tensors: dict[str, TensorInfo]) -> bool:
-    """Whether `lm_head.weight` is the embedding once more, which vLLM ties again after loading."""
-    head, embedding = tensors["lm_head.weight"], tensors.get("model.embed_tokens.weight")
+def _tables_are_equal(
+    checkpoint: Checkpoint, spec: ModelSpec, tensors: dict[str, TensorInfo]
+) -> bool:
+    """Whether the head is the embedding once more, which vLLM ties again after loading."""
+    head = tensors[f"{spec.names.head}.weight"]
+    embedding = tensors.get(f"{spec.names.embedding}.weight")
     if embedding is None or (head.dtype, head.nbytes) != (embedding.dtype, embedding.nbytes):
         return False
     if checkpoint.source.local_path(head.file) is None:
