@@ -1,4 +1,4 @@
-"""The older and the smaller dense families: counts as published, caches by hand, cuts as vLLM's.
+"""The older and the smaller dense families: counts, caches by hand, cuts as vLLM's.
 
 Configs of models that the shared collection does not hold were written from transformers' own
 defaults and documentation; `synthetic-*` are of no published model.
@@ -17,6 +17,11 @@ from tightfit.model.sources import source_shapes
 from tightfit.model.spec import ModelSpec
 
 
+def test_both_configs_of_phi_2_are_of_one_size() -> None:
+    """The second is held to transformers' own module."""
+    assert parameter_count(read_spec("phi-2-msft")) == parameter_count(read_spec("phi-2"))
+
+
 def token_elements(spec: ModelSpec, size: int = 1) -> int:
     """Features that a token leaves in all layers of a rank."""
     rank = Rank(parallel=Parallel(tensor_parallel_size=size))
@@ -25,22 +30,35 @@ def token_elements(spec: ModelSpec, size: int = 1) -> int:
     return sum(cache.elements_per_token for cache in caches if isinstance(cache, TokenCache))
 
 
+def llama(vocab: int, hidden: int, layers: int, kv: int, width: int, *, tables: int = 2) -> int:
+    """Parameters of a Llama, of which `kv` is the width of all keys of a token."""
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * width + 2 * hidden
+    return tables * vocab * hidden + layers * layer + hidden
+
+
+def nemotron_49b() -> int:
+    """49 layers with attention, and 80 MLPs of the widths that follow from `ffn_mult`."""
+    widths = {28_672: 49, 7168: 10, 5632: 8, 2816: 6, 14_336: 6, 17_920: 1}
+    attention = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 8192
+    mlps = sum(count * (3 * 8192 * width + 8192) for width, count in widths.items())
+    return 2 * 128_256 * 8192 + 49 * attention + mlps + 8192
+
+
 @pytest.mark.parametrize(("name", "count"), [
-    # The Hub's own figures.
+    # As users' own scripts and model cards print them.
     ("Qwen-7B", 7_721_324_544),
-    ("Baichuan2-7B-Base", 7_505_973_248),
-    ("Baichuan2-13B-Base", 13_896_668_160),
     ("Baichuan-7B", 7_000_559_616),
-    ("Llama-3_3-Nemotron-Super-49B-v1", 49_867_145_216),
     ("glm-4-9b", 9_399_951_360),
-    ("EXAONE-3-7.8B", 7_818_448_896),
-    ("phi-2-msft", 2_779_683_840),
-    # 2,442,057,984 without embeddings, of which the tied one has 122,753 x 2,304.
-    ("MiniCPM-2B-sft-bf16", 2_442_057_984 + 122_753 * 2304),
-    # "7B" without its layer of further tokens: Qwen2's layers, 36 of them.
-    ("MiMo-7B-Base",
-     2 * 151_680 * 4096 + 36 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 + 2 * 1024
-                                + 3 * 4096 * 11_008 + 2 * 4096) + 4096),
+    # By hand, from the shapes in vLLM's model files.
+    ("Baichuan2-7B-Base", llama(125_696, 4096, 32, 4096, 11_008)),
+    ("Baichuan2-13B-Base", llama(125_696, 5120, 40, 5120, 13_696)),
+    ("EXAONE-3-7.8B", llama(102_400, 4096, 32, 1024, 14_336)),
+    ("internlm2-7b", llama(92_544, 4096, 32, 1024, 14_336)),
+    ("solar-pro-preview-instruct", llama(32_128, 5120, 64, 1280, 17_920)),
+    ("MiniCPM-2B-sft-bf16", llama(122_753, 2304, 40, 2304, 5760, tables=1)),
+    ("Orion-14B-Base", llama(84_608, 5120, 40, 5120, 15_360) + 81 * 5120),
+    ("MiMo-7B-Base", llama(151_680, 4096, 36, 1024, 11_008) + 36 * (4096 + 2 * 1024)),
+    ("Llama-3_3-Nemotron-Super-49B-v1", nemotron_49b()),
 ])  # fmt: skip
 def test_counts_of_classes_that_transformers_lacks(name: str, count: int) -> None:
     assert parameter_count(read_spec(name)) == count
