@@ -2,16 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import read_config
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError, UnknownArchitectureError
+from tightfit.model.aliases import aligned
 from tightfit.model.families import model_spec
 from tightfit.model.families.pooling import pooling
-from tightfit.model.sources import as_base_model, check_sources, untied
+from tightfit.model.sources import Tensor, as_base_model, check_sources, untied
 from tightfit.model.spec import ModelSpec
 
 _CHUNK_BYTES = 2**23
@@ -53,13 +54,17 @@ def describe(checkpoint: Checkpoint) -> Description:
         spec = pooling(spec)
     if not checkpoint.has_weights:
         return Description(spec=spec, from_headers=False, warnings=_warnings(spec, checkpoint.name))
-    tensors = checkpoint.tensors()
-    spec = as_base_model(spec, tensors)
+    spec = as_base_model(spec, checkpoint.tensors())
+    tensors, alias = aligned(spec, checkpoint.tensors(), checkpoint.name)
+    if alias is not None:
+        spec = replace(spec, alias=alias)
     if untied(spec, tensors) is not spec and not _tables_are_equal(checkpoint, spec, tensors):
         # Fine-tuning and quantizing leave such checkpoints, and vLLM unties them as well.
         spec = untied(spec, tensors)
-    check_sources(spec, tensors, checkpoint.name)
-    return Description(spec=spec, from_headers=True)
+    warnings = check_sources(spec, tensors, checkpoint.name)
+    if alias is not None:
+        warnings += (f"tensors such as {alias!r} have other names than in published checkpoints",)
+    return Description(spec=spec, from_headers=True, warnings=warnings)
 
 
 def _with_modelopt(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -109,12 +114,14 @@ def require_weights(checkpoint: Checkpoint, command: str) -> None:
 
 
 def _tables_are_equal(
-    checkpoint: Checkpoint, spec: ModelSpec, tensors: dict[str, TensorInfo]
+    checkpoint: Checkpoint, spec: ModelSpec, tensors: Mapping[str, Tensor]
 ) -> bool:
     """Whether the head is the embedding once more, which vLLM ties again after loading."""
     head = tensors[f"{spec.names.head}.weight"]
     embedding = tensors.get(f"{spec.names.embedding}.weight")
-    if embedding is None or (head.dtype, head.nbytes) != (embedding.dtype, embedding.nbytes):
+    if not isinstance(head, TensorInfo) or not isinstance(embedding, TensorInfo):
+        return False
+    if (head.dtype, head.nbytes) != (embedding.dtype, embedding.nbytes):
         return False
     if checkpoint.source.local_path(head.file) is None:
         return False

@@ -3,19 +3,29 @@
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from tightfit.errors import CheckpointError
 from tightfit.model.layout import Weight
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
+from tightfit.units import MiB, format_bytes
 
 _FLOATS = ("BF16", "F16", "F32")
 _SAME = {"U8": ("U8", "F8_E8M0", "I8"), "I32": ("I32", "U32")}
 """Dtypes that different writers use for the same bits."""
 
-# Buffers that old versions of transformers saved, and that no engine reads.
-_BUFFERS = r"\.(rotary_emb\.inv_freq|masked_bias)$"
+# Buffers that old versions of transformers saved, and that no engine reads (vLLM's
+# `AutoWeightsLoader`).
+_BUFFERS = re.compile(r"\.(rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias)$")
+
+_UNSAVED = re.compile(r"\.(e_score_correction_bias|expert_bias)$")
+"""Parameters of engines that are buffers elsewhere, where some tools leave them out."""
+
+_ENCODERS = r"(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio)\."
+_TEXT_OF_MORE = {"Gemma3nForCausalLM": _ENCODERS, "Gemma4ForCausalLM": _ENCODERS}
+"""Architectures that vLLM serves from a multimodal checkpoint, without the encoders."""
 
 
 class Tensor(Protocol):
@@ -34,7 +44,7 @@ class Tensor(Protocol):
         """Its bytes."""
 
 
-class _Expected(NamedTuple):
+class Expected(NamedTuple):
     """A tensor of a checkpoint; its dtype is None if any float will do."""
 
     shape: tuple[int, ...]
@@ -44,19 +54,29 @@ class _Expected(NamedTuple):
 
 def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this model holds, with its shape."""
-    return {name: expected.shape for name, expected in _expected(spec).items()}
+    return {name: expected.shape for name, expected in expected_sources(spec).items()}
 
 
-def _expected(spec: ModelSpec) -> dict[str, _Expected]:
-    found: dict[str, _Expected] = {}
+def sources_of(weight: Weight) -> dict[str, tuple[int, ...]]:
+    """The tensors of a checkpoint that one weight is made of, with their shapes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for part in weight.parts:
+        shape = weight.source_shape(part)
+        if weight.experts and not weight.stacked:
+            found |= {part.source.format(expert=e): shape for e in range(weight.experts)}
+        else:
+            found[part.source] = shape
+    return found
+
+
+@lru_cache(maxsize=2)
+def expected_sources(spec: ModelSpec) -> Mapping[str, Expected]:
+    """Every tensor that a checkpoint of this model holds, with what is expected of it."""
+    found: dict[str, Expected] = {}
     for weight in parameters(spec):
         dtype = None if weight.dtype in _FLOATS else weight.dtype
-        for part in weight.parts:
-            expected = _Expected(weight.source_shape(part), dtype, weight.optional)
-            if weight.experts and not weight.stacked:
-                found |= {part.source.format(expert=e): expected for e in range(weight.experts)}
-            else:
-                found[part.source] = expected
+        for name, shape in sources_of(weight).items():
+            found[name] = Expected(shape, dtype, weight.optional)
     return found
 
 
@@ -98,18 +118,22 @@ def as_base_model(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> ModelSpec:
     )
 
 
-def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> None:
+def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
     """Compare the tensors of a checkpoint with those of its model.
+
+    Returns:
+        Warnings: of tensors that are not loaded, and of small ones that are not there.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, has a dtype that no engine loads,
             or belongs to no part of the model.
     """
-    expected = _expected(spec)
+    expected = expected_sources(spec)
     missing = [name for name, one in expected.items() if name not in tensors and not one.optional]
-    if missing:
+    lost = [name for name in missing if not _UNSAVED.search(name)]
+    if lost:
         raise CheckpointError(
-            f"{where} lacks the tensor {missing[0]!r}{_and_more(missing)}",
+            f"{where} lacks the tensor {lost[0]!r}{_and_more(lost)}",
             hint="the download is incomplete, or config.json belongs to another model",
         )
     for name, one in expected.items():
@@ -119,30 +143,56 @@ def check_sources(spec: ModelSpec, tensors: Mapping[str, Tensor], where: str) ->
     optional = quantization.optional_sources if quantization is not None else ()
     head = f"{spec.names.head}.weight"
     known = {head, *expected} if spec.tie_word_embeddings else expected.keys()
-    ignored = re.compile("|".join((_BUFFERS, *spec.ignored_sources, *optional)))
-    unknown = [name for name in tensors if name not in known and not ignored.search(name)]
+    skipped = [*spec.ignored_sources, _TEXT_OF_MORE.get(spec.architecture, "(?!)")]
+    ignored = re.compile("|".join(("(?!)", *optional, _BUFFERS.pattern)))
+    unloaded = re.compile("|".join(skipped))
+    extra = [name for name in tensors if name not in known and not ignored.search(name)]
+    unknown = [name for name in extra if not unloaded.search(name)]
     if unknown:
         raise CheckpointError(
             f"{where} holds the tensor {unknown[0]!r}{_and_more(unknown)}, which "
             f"{spec.architecture} does not have",
             hint="config.json belongs to another model, or misses an option such as a bias",
         )
+    return (*_unloaded(extra, tensors, spec.architecture), *_left_out(missing, where))
+
+
+def _unloaded(
+    names: list[str], tensors: Mapping[str, Tensor], architecture: str
+) -> tuple[str, ...]:
+    size = sum(tensors[name].nbytes for name in names)
+    if size < MiB:
+        return ()
+    return (
+        f"{format_bytes(size)} of the checkpoint are not loaded: "
+        f"{names[0]!r}{_and_more(names)}, which {architecture} does not use",
+    )
+
+
+def _left_out(names: list[str], where: str) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{where} lacks {names[0]!r}{_and_more(names)}, which some tools do not save: planned as "
+        "if they were there",
+    )
 
 
 def _check(
-    name: str, expected: _Expected, tensors: Mapping[str, Tensor], spec: ModelSpec, where: str
+    name: str, expected: Expected, tensors: Mapping[str, Tensor], spec: ModelSpec, where: str
 ) -> None:
     tensor = tensors[name]
+    called = getattr(tensor, "name", name)
     if not _alike(tensor.shape, expected.shape, quantized=spec.quantization is not None):
         raise CheckpointError(
-            f"{where}: tensor {name!r} has the shape {list(tensor.shape)}, and config.json "
+            f"{where}: tensor {called!r} has the shape {list(tensor.shape)}, and config.json "
             f"says {list(expected.shape)}",
             hint="config.json and the weights belong to different models",
         )
     if spec.quantization is None:
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"{where}: tensor {name!r} has the dtype {tensor.dtype}, and config.json has no "
+                f"{where}: tensor {called!r} has the dtype {tensor.dtype}, and config.json has no "
                 "quantization_config",
                 hint="config.json and the weights belong to different models",
             )
@@ -152,7 +202,7 @@ def _check(
     wanted = _FLOATS if expected.dtype is None else _SAME.get(expected.dtype, (expected.dtype,))
     if tensor.dtype not in wanted and not scaled:
         raise CheckpointError(
-            f"{where}: tensor {name!r} has the dtype {tensor.dtype}, and the quantization_config "
+            f"{where}: tensor {called!r} has the dtype {tensor.dtype}, and the quantization_config "
             f"means {' or '.join(wanted)}",
             hint="config.json and the weights were made by different runs",
         )

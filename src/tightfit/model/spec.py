@@ -130,6 +130,8 @@ class ModelSpec:
     """Nothing says what the layers keep of a sequence, and nothing was assumed."""
     notes: tuple[str, ...] = ()
     """What a plan has to tell about how this description was made."""
+    alias: str | None = None
+    """A tensor of the checkpoint that has another name than its source: only plans cope with it."""
     verified_for_sharding: bool = True
     """vLLM's names of the parameters are known, so that rank files can be written."""
 
@@ -147,7 +149,7 @@ class ModelSpec:
     def is_plain(self) -> bool:
         """A decoder of plain attention and gated MLPs, as the built-in runtime executes."""
         beside = self.towers or self.extras or self.encoder_tokens or self.norm_bias
-        beside = beside or self.pooling or self.listed is not None
+        beside = beside or self.pooling or self.listed is not None or self.alias is not None
         return not beside and self.names == Names() and all(map(_is_plain, self.layers))
 
 

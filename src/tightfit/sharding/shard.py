@@ -16,6 +16,7 @@ from tightfit.checkpoint.files import CONFIG, INDEX, MANIFEST
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.writer import OutputDirectory, PartFile, check_free_space
 from tightfit.errors import CheckpointError, LayoutError, UnsupportedModelError
+from tightfit.model.aliases import require_own_names
 from tightfit.model.layout import Parallel, RankTensor
 from tightfit.model.parameters import check_parallel
 from tightfit.model.spec import ModelSpec
@@ -71,6 +72,7 @@ def prepare(
     """
     require_weights(checkpoint, "shard")
     spec = describe(checkpoint).spec
+    require_own_names(spec)
     if not (spec.is_plain and spec.verified_for_sharding):
         raise UnsupportedModelError(
             f"sharding {spec.architecture} is not supported: vLLM's names of its parameters have "

@@ -8,6 +8,7 @@ from math import ceil
 
 from tightfit import __version__
 from tightfit.errors import UnsupportedModelError, UsageError
+from tightfit.model.aliases import require_own_names
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
@@ -51,6 +52,7 @@ class Builtin(Engine):
             UnsupportedModelError: the checkpoint is quantized.
             UsageError: an option that the runtime has not.
         """
+        require_own_names(spec)
         if not spec.is_plain:
             raise UnsupportedModelError(
                 f"the builtin runtime cannot execute {spec.architecture}",
