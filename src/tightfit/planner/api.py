@@ -66,13 +66,15 @@ def _own_measurements(spec: ModelSpec, options: PlanOptions) -> Mapping[str, int
     from tightfit.planner.engines.vllm_versions import rules_of
     from tightfit.planner.user_calibration import adjustments
 
-    return adjustments(
+    learnt = adjustments(
         options.engine,
         options.engine_version or rules_of(None).version,
         options.device.name,
         spec.architecture,
         options.tensor_parallel_size,
     )
+    # What depends on batch and capture sizes may be taken up, but never down, from another start.
+    return {name: n for name, n in learnt.items() if n > 0 or name == "non_torch"}
 
 
 def open_model(
@@ -97,6 +99,10 @@ def open_model(
     description = describe(checkpoint)
     text = with_text and checkpoint.source.exists(_TOKENIZER)
     spec = description.spec
+    if spec.towers:
+        from tightfit.checkpoint.processor import with_processor
+
+        spec = with_processor(spec, checkpoint.source)
     if description.warnings:
         spec = replace(spec, notes=(*spec.notes, *description.warnings))
     return OpenedModel(

@@ -24,6 +24,10 @@ def engine(options: PlanOptions) -> Engine:
     Raises:
         UsageError: no such engine.
     """
+    if options.engine == "vllm" and options.device is not None and options.device.kind == "cpu":
+        from tightfit.planner.engines.vllm_cpu import VLLMCPU
+
+        return VLLMCPU(options)
     if options.engine == "vllm":
         from tightfit.planner.engines.vllm import VLLM
 
@@ -96,12 +100,38 @@ def make_plan(
         ranks=tuple(rank_plan(one, pool, resolved, chosen) for one in fixed),
         kv_cache=kv_plan(pool, resolved),
         verdict=verdict_of(pool, chosen, resolved.max_model_len.value, longest),
+        host=_host(chosen, spec, resolved, fixed, pool, summary),
         not_modelled=chosen.not_modelled,
         warnings=(*spec.notes, *((_MEASURED,) if measured else ())),
     )
 
 
 _MEASURED = "corrected by your own start-up of this model, version, device and layout"
+
+
+def _host(
+    chosen: Engine,
+    spec: ModelSpec,
+    resolved: Resolved,
+    fixed: list[Fixed],
+    pool: Pool,
+    summary: ModelSummary,
+) -> tuple[Component, ...]:
+    weights = [one.components[0] for one in fixed]
+    offloaded = [component.detail.get("offloaded_bytes", 0) for component in weights]
+    blocks = pool.num_blocks or pool.worst.kv.blocks(resolved.max_model_len.value)
+    return chosen.host(
+        spec,
+        resolved,
+        weights_by_rank=[
+            component.planned_bytes + moved
+            for component, moved in zip(weights, offloaded, strict=True)
+        ],
+        offloaded_by_rank=offloaded,
+        checkpoint_bytes=summary.checkpoint_bytes,
+        pool_bytes=blocks * pool.worst.kv.bytes_per_block,
+        kv=pool.worst.kv,
+    )
 
 
 class _Adaptation(NamedTuple):
@@ -117,6 +147,7 @@ class _Adaptation(NamedTuple):
     def of(cls, spec: ModelSpec, chosen: Engine, options: PlanOptions) -> "_Adaptation":
         limits = sorted(options.limit_mm_per_prompt.items(), key=repr)
         media = f"{limits} {options.language_model_only} {options.mm_encoder_tp_mode}"
+        media += f" {chosen.parallel(options)}"
         name = f"{chosen.name} {chosen.version}"
         return cls(spec, name, options.quantization, media, lambda: chosen.adapt(spec, options))
 

@@ -1,6 +1,7 @@
 """What differs between engines, as one small interface."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
@@ -41,6 +42,31 @@ class Engine(ABC):
         """Bytes of a rank's weights that live in the memory of the host."""
         del spec, rank, options, dtype
         return 0
+
+    def host(
+        self,
+        spec: ModelSpec,
+        resolved: Resolved,
+        *,
+        weights_by_rank: Sequence[int],
+        offloaded_by_rank: Sequence[int],
+        checkpoint_bytes: int,
+        pool_bytes: int,
+        kv: KVLayout,
+    ) -> tuple[Component, ...]:
+        """What all processes together take of the host's memory; nothing if it is not modelled.
+
+        Args:
+            spec: the model as the engine builds it.
+            resolved: the options.
+            weights_by_rank: bytes of the weights of each rank, offloaded ones included.
+            offloaded_by_rank: bytes of them that stay on the host.
+            checkpoint_bytes: of the plain checkpoint.
+            pool_bytes: of a rank's KV cache.
+            kv: the blocks of a rank.
+        """
+        del spec, resolved, weights_by_rank, offloaded_by_rank, checkpoint_bytes, pool_bytes, kv
+        return ()
 
     @abstractmethod
     def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:

@@ -5,6 +5,7 @@ Sources, all relative to the vLLM 0.32 package: `config/cache.py` (utilization),
 and messages), `config/vllm.py: max_in_flight_tokens`.
 """
 
+from collections.abc import Sequence
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError, UsageError
@@ -69,6 +70,10 @@ class VLLM(Engine):
             from tightfit.model.quantization.online import quantize_spec
 
             spec = quantize_spec(spec, options.quantization)
+        if spec.quantization is not None and self._minor >= (0, 32):
+            from tightfit.model.quantization.fit import fit_quantization
+
+            spec = fit_quantization(spec, self.parallel(options))
         if spec.quantization is not None and (refusal := spec.quantization.refusal(self._minor)):
             raise UnsupportedModelError(refusal, hint="name your version with --engine-version")
         return spec
@@ -80,6 +85,8 @@ class VLLM(Engine):
 
     def offloaded_bytes(self, spec: ModelSpec, rank: Rank, options: PlanOptions, dtype: str) -> int:
         """`model_executor/offloader/uva.py`: parameters in order, until they reach the limit."""
+        if self._runner(spec, options).value == "v2" and not self.rules.v2_offloads:
+            return 0
         return offloadable(spec, rank, dtype, int(options.cpu_offload_gb * GiB))
 
     def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:
@@ -131,8 +138,8 @@ class VLLM(Engine):
 
     @property
     def _is_blackwell(self) -> bool:
-        name = self.device.name if self.device is not None else ""
-        return name.startswith(("b200", "b300", "gb200", "gb300"))
+        capability = None if self.device is None else self.device.capability
+        return capability is not None and capability[0] == 10
 
     def _batch(self, options: PlanOptions, length: int) -> tuple[Option[int], Option[int]]:
         """`max_num_batched_tokens` and `max_num_seqs`, of which each may bound the other."""
@@ -188,6 +195,32 @@ class VLLM(Engine):
             max_num_seqs=resolved.max_num_seqs.value,
             max_model_len=resolved.max_model_len.value,
             kv=self.kv_layout(spec, rank, resolved),
+        )
+
+    def host(
+        self,
+        spec: ModelSpec,
+        resolved: Resolved,
+        *,
+        weights_by_rank: Sequence[int],
+        offloaded_by_rank: Sequence[int],
+        checkpoint_bytes: int,
+        pool_bytes: int,
+        kv: KVLayout,
+    ) -> tuple[Component, ...]:
+        """See `planner.host`."""
+        from tightfit.planner.host import host_components
+
+        return host_components(
+            spec,
+            self.parallel(resolved.asked),
+            resolved.asked,
+            resolved,
+            weights_by_rank=weights_by_rank,
+            offloaded_by_rank=offloaded_by_rank,
+            checkpoint_bytes=checkpoint_bytes,
+            pool_bytes=pool_bytes,
+            kv=kv,
         )
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:

@@ -9,6 +9,7 @@ from math import prod
 
 from tightfit.model.blocks.attention import Rope
 from tightfit.model.blocks.latent_attention import LatentAttention
+from tightfit.model.blocks.per_layer_input import PerLayerInput
 from tightfit.model.spec import ropes
 from tightfit.planner.engines.vllm_setting import Setting, arithmetic
 from tightfit.planner.plan import Component
@@ -28,19 +29,35 @@ def after_load(setting: Setting) -> Component:
         for rope in ropes(setting.layers)
     ]
     sizes = setting.tensor_sizes()
-    lost = sum(round_up(size, _SEGMENT) - size for size in sizes if size >= _UNSHARED)
+    lost = sum(
+        count * (round_up(size, _SEGMENT) - size)
+        for size, count in sizes.items()
+        if size >= _UNSHARED
+    )
     absorbed, padded = _absorbed(setting), _padded_experts(setting)
     formula = "rope tables (positions x rotary_dim x b): " + " + ".join(map(str, tables))
     formula += f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}"
     if absorbed:
         formula += f"; copies of kv_b_proj that latent attention absorbs: {absorbed}"
+    dropped = _dropped(setting)
+    if dropped:
+        formula += f"; what kernels do not need and drop: -{dropped}"
     if padded:
         formula += f"; experts padded to multiples of {_MXFP4_WIDTH} for their kernels: {padded}"
     return Component(
         name="weights_after_load",
-        planned_bytes=sum(tables) + lost + absorbed + padded,
+        planned_bytes=sum(tables) + lost + absorbed + padded - dropped,
         origin="derived",
         formula=formula,
+    )
+
+
+def _dropped(setting: Setting) -> int:
+    """Placeholders that repacking for kernels removes: the zero points of symmetric GPTQ."""
+    return sum(
+        dtype_bytes(weight.held_dtype("BF16"), prod(weight.rank_shape(setting.rank)))
+        for weight in held(setting.spec, setting.rank)
+        if weight.dropped
     )
 
 
@@ -84,6 +101,7 @@ def _table_rows(rope: Rope) -> int:
 def persistent_buffers(setting: Setting) -> Component:
     """The state of requests between steps."""
     parts = _v1_buffers(setting) if setting.runner == "v1" else _v2_buffers(setting)
+    parts |= _model_buffers(setting)
     return Component(
         name="persistent_buffers",
         planned_bytes=sum(parts.values()),
@@ -98,7 +116,7 @@ def persistent_buffers(setting: Setting) -> Component:
 def _v2_buffers(setting: Setting) -> dict[str, int]:
     n, m, v = setting.max_num_seqs, setting.max_num_batched_tokens, setting.spec.vocab_size
     parts = {"inputs 13 x M": 13 * m, "lengths and starts 12 x N": 12 * n}
-    if setting.last_stage:
+    if setting.samples:
         parts |= {
             "counts of output tokens 4 x N x V": 4 * n * v,
             "masks of prompt and grammar 2 x 4 x N x V / 32": 8 * n * cdiv(v, 32),
@@ -106,6 +124,21 @@ def _v2_buffers(setting: Setting) -> dict[str, int]:
         }
     if not setting.first_stage:
         parts["tensors from the stage before 2 x M x H x b"] = 2 * setting.hidden_bytes
+    return parts
+
+
+def _model_buffers(setting: Setting) -> dict[str, int]:
+    """What models themselves keep between steps, for all tokens of one."""
+    m, parts = setting.max_num_batched_tokens, {}
+    mixers = (mixer for layer in setting.kinds for mixer in layer.mixers)
+    topk = [one.index_topk or 0 for one in mixers if isinstance(one, LatentAttention)]
+    if any(topk):
+        parts["tokens chosen by the indexer 4 x M x top_k"] = 4 * m * max(topk)
+    extras = (block for layer in setting.kinds for block in layer.extras)
+    sizes = [block.size for block in extras if isinstance(block, PerLayerInput)]
+    if sizes:
+        width = setting.spec.num_layers * max(sizes)
+        parts[f"embeddings of each layer M x {width} x b"] = m * width * setting.element_bytes
     return parts
 
 

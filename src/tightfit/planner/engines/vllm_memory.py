@@ -96,12 +96,12 @@ def _cache(setting: Setting) -> Component:
     """
     n, v = setting.rows, setting.vocab
     warm = 0
-    if setting.last_stage:
+    if setting.samples:
         warm = 14 * n * v if setting.runner == "v1" else 8 * n * v
         if setting.tensor_parallel_size > 1 or setting.spec.logits_softcap is not None:
             warm += 2 * n * v * setting.element_bytes
     step, tensor = step_bytes(setting)
-    reused = tensor <= 4 * n * v and setting.last_stage
+    reused = tensor <= 4 * n * v and setting.samples
     size = warm if reused else warm + step
     return Component(
         name="allocator_cache",

@@ -1,6 +1,7 @@
 """The quantities that vLLM's formulas are written in, for one rank."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,25 +55,30 @@ class Setting:
 
     @property
     def last_stage(self) -> bool:
-        """Whether the rank samples."""
+        """Whether the rank holds the last norm and the output layer."""
         return self.rank.pp_rank == self.rank.parallel.pipeline_parallel_size - 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether the rank has logits and draws tokens from them."""
+        return self.last_stage and not self.spec.pooling
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of the rank's stage."""
         stages = self.rank.parallel.pipeline_parallel_size
-        span = pipeline_layers(self.spec.num_layers, stages, self.rank.pp_rank)
-        return tuple(self.spec.layers[i] for i in span)
+        return _stage_layers(self.spec, stages, self.rank.pp_rank)
 
     @property
     def kinds(self) -> tuple[Layer, ...]:
         """The layers of the stage, one of each kind."""
-        return tuple(dict.fromkeys(self.layers))
+        stages = self.rank.parallel.pipeline_parallel_size
+        return _stage_kinds(self.spec, stages, self.rank.pp_rank)
 
     @property
     def has_experts(self) -> bool:
         """Whether a layer is a mixture of experts."""
-        return any(isinstance(layer.mlp, MoE) for layer in self.spec.layers)
+        return any(isinstance(layer.mlp, MoE) for layer in self.kinds)
 
     @property
     def vocab(self) -> int:
@@ -121,14 +127,30 @@ class Setting:
         """L2 cache and multiprocessors of the device."""
         return chip(self.device)
 
-    def tensor_sizes(self) -> list[int]:
-        """Bytes of each parameter of the rank."""
-        default = {2: "BF16", 4: "F32"}.get(self.element_bytes, "BF16")
-        return [
-            dtype_bytes(weight.held_dtype(default), elements)
-            for weight in held(self.spec, self.rank)
-            if (elements := prod(weight.rank_shape(self.rank)))
-        ]
+    def tensor_sizes(self) -> Mapping[int, int]:
+        """How many parameters of the rank have so many bytes."""
+        return _tensor_sizes(self.spec, self.rank, "F32" if self.element_bytes == 4 else "BF16")
+
+
+@lru_cache(maxsize=256)
+def _tensor_sizes(spec: ModelSpec, rank: Rank, dtype: str) -> Counter[int]:
+    return Counter(
+        dtype_bytes(weight.held_dtype(dtype), elements)
+        for weight in held(spec, rank)
+        if (elements := prod(weight.rank_shape(rank)))
+    )
+
+
+@lru_cache(maxsize=256)
+def _stage_layers(spec: ModelSpec, stages: int, pp_rank: int) -> tuple[Layer, ...]:
+    return tuple(spec.layers[i] for i in pipeline_layers(spec.num_layers, stages, pp_rank))
+
+
+@lru_cache(maxsize=256)
+def _stage_kinds(spec: ModelSpec, stages: int, pp_rank: int) -> tuple[Layer, ...]:
+    """Layers alike mostly share one object, which is quicker to see than to compare."""
+    objects = {id(layer): layer for layer in _stage_layers(spec, stages, pp_rank)}
+    return tuple(dict.fromkeys(objects.values()))
 
 
 @lru_cache(maxsize=256)

@@ -59,6 +59,8 @@ class Rules:
     """So does the V2 runner; a stub before 0.32."""
     v2_for: str
     """Which models the V2 runner serves: `none`, `qwen3`, `dense` or `all`."""
+    v2_offloads: bool
+    """It honours cpu_offload_gb; before, that is silently ignored."""
     v2_copies_logits: bool
     """The V2 sampler copies logits to float32 even when no request asks for processing."""
     v2_profiles_encoder: bool
@@ -115,6 +117,7 @@ _0_8_5 = Rules(
     graphs_in_budget=False,
     v2_measures_graphs=False,
     v2_for="none",
+    v2_offloads=False,
     v2_copies_logits=True,
     v2_profiles_encoder=False,
     full_graphs=False,
@@ -172,6 +175,7 @@ _0_27_1 = replace(
     version="0.27.1",
     charge=Charge.FREE_MEMORY,
     v2_profiles_encoder=True,
+    v2_offloads=True,
     large_server_tokens=8192,
     steps_in_flight=True,
     hybrid_prefix_caching=True,
@@ -242,6 +246,6 @@ def default_runner(rules: Rules, spec: ModelSpec) -> str:
     if rules.v2_for == "qwen3":
         return "v2" if spec.architecture == "Qwen3ForCausalLM" else "v1"
     experts = any(isinstance(layer.mlp, MoE) for layer in spec.layers)
-    if rules.v2_for == "none" or spec.is_recurrent or spec.encoder_tokens:
+    if rules.v2_for == "none" or spec.is_recurrent or spec.encoder_tokens or spec.pooling:
         return "v1"
     return "v1" if experts and spec.architecture not in _V2_EXPERTS else "v2"
