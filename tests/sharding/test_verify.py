@@ -212,9 +212,9 @@ def test_config_of_another_model(shards: Path, tiny_model: TinyModel) -> None:
     ) in found
     shutil.copy(tiny_model("llama_bias") / "config.json", shards / "config.json")
     assert "rank 1 lacks 'model.layers.1.mlp.down_proj.bias'" in problems(shards)
-    edit(shards / "config.json", lambda c: c.update(architectures=["MambaForCausalLM"]))
+    edit(shards / "config.json", lambda c: c.update(architectures=["UnheardOfForCausalLM"]))
     assert problems(shards) == [
-        "config.json does not fit the manifest: architecture MambaForCausalLM is not modelled"
+        "config.json does not fit the manifest: architecture UnheardOfForCausalLM is not modelled"
     ]
 
 

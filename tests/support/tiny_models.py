@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from support.tiny_families import FAMILIES
+
 VOCAB_SIZE = 259
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -98,10 +100,14 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
     import transformers as T
 
     torch.manual_seed(1234)
-    config_class, changes = RECIPES[name]
-    config = getattr(T, config_class)(**(_COMMON | changes))
+    config_class, changes = (RECIPES | FAMILIES)[name]
+    own = "own" in changes
+    values = {key: value for key, value in changes.items() if key != "own"}
+    config = getattr(T, config_class)(**(values if own else _COMMON | values))
     config.dtype = getattr(torch, dtype)
-    model = T.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    several = "vision_config" in changes
+    kind = T.AutoModelForImageTextToText if several else T.AutoModelForCausalLM
+    model = kind.from_config(config, dtype=config.dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -22,7 +22,8 @@ from tightfit.model.parallel import Axis as Axis
 from tightfit.model.parallel import Parallel as Parallel
 from tightfit.model.parallel import Rank as Rank
 from tightfit.model.parallel import deal as deal
-from tightfit.units import dtype_bytes
+from tightfit.model.pieces import Piece as Piece
+from tightfit.model.pieces import RankTensor as RankTensor
 
 
 class Cut(Enum):
@@ -58,6 +59,22 @@ class Part:
     source_rows: int = 0
     repeats: bool = False
     """An earlier part holds the same rows: keys that serve as values too."""
+    run_rows: int = 0
+    """The source interleaves several parts: so many rows at a time are of this one."""
+    run_stride: int = 0
+    """Rows from the beginning of a run to that of the next."""
+
+    def runs(self, first: int, rows: int) -> Iterator[tuple[int, int, int]]:
+        """(row in the source, rows, how many came before) of each run of `first : first + rows`."""
+        if not self.run_rows:
+            yield self.first_row + first, rows, 0
+            return
+        done = 0
+        while done < rows:
+            run, inside = divmod(first + done, self.run_rows)
+            count = min(self.run_rows - inside, rows - done)
+            yield self.first_row + run * self.run_stride + inside, count, done
+            done += count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,29 +176,79 @@ class Weight:
             name=self.name,
             parameter=self.name,
             dtype=self.dtype or dtype,
-            shape=self.rank_shape(rank),
+            shape=self.held_shape(rank),
             pieces=tuple(pieces),
         )
 
+    def held_shape(self, rank: Rank) -> tuple[int, ...]:
+        """Shape on a rank with all dimensions that the checkpoint gives it.
+
+        Raises:
+            LayoutError: the layout does not divide this weight.
+        """
+        shape = self.rank_shape(rank)
+        if self.stored_shape is None or self.experts:
+            return shape
+        return (shape[0] // self._rows_of_one, *self.stored_shape[1:])
+
+    @property
+    def _rows_of_one(self) -> int:
+        """Rows of this description in one step of the first dimension of `stored_shape`."""
+        if self.stored_shape is None or self.experts:
+            return 1
+        return prod(self.stored_shape[1:]) // (self.columns or 1)
+
     def _pieces(self, part: Part, first: int, rows: int, at: int, rank: Rank) -> Iterator["Piece"]:
-        start: tuple[int, ...] = (part.first_row + first,)
+        for row, count, before in part.runs(first, rows):
+            yield from self._boxes(part, row, count, at + before, rank)
+
+    def _boxes(self, part: Part, row: int, rows: int, at: int, rank: Rank) -> Iterator["Piece"]:
+        """One box, or one for each expert, of consecutive rows of a source."""
+        source_shape = self.source_shape(part)
+        if self.stored_shape is not None and not self.experts:
+            unit = self._rows_of_one
+            assert self.cut is not Cut.INPUT
+            yield Piece(
+                source=part.source,
+                source_shape=source_shape,
+                start=(row // unit, *(0 for _ in source_shape[1:])),
+                shape=(rows // unit, *source_shape[1:]),
+                at=(at // unit, *(0 for _ in source_shape[1:])),
+            )
+            return
+        start: tuple[int, ...] = (row,)
         shape: tuple[int, ...] = (rows,)
         where: tuple[int, ...] = (at,)
         if self.columns is not None:
-            first_column, columns = self._columns(rank)
-            start, shape, where = (*start, first_column), (*shape, columns), (*where, 0)
-        assert not self.stacked
-        assert self.stored_shape is None
-        assert not self.transposed
+            column, columns = self._columns(rank)
+            columns = min(columns, self.columns - column)
+            if columns <= 0:
+                return
+            start, shape, where = (row, column), (rows, columns), (at, 0)
+        turned = self.transposed and self.columns is not None
+        if turned:
+            start, shape = start[::-1], shape[::-1]
         first_expert, experts = rank.experts(self.experts) if self.experts else (0, 1)
-        for expert in range(experts):
-            name = part.source
+        if self.stacked and self.stored_shape is None:
             yield Piece(
-                source=name.format(expert=first_expert + expert) if self.experts else name,
-                source_shape=self.source_shape(part),
-                start=start,
+                source=part.source,
+                source_shape=source_shape,
+                start=(first_expert, *start),
+                shape=(experts, *shape),
+                at=(0, *where),
+                transposed=turned,
+            )
+            return
+        flat = source_shape[0] // self.experts if self.stacked else 0
+        for expert in range(experts):
+            number = first_expert + expert
+            yield Piece(
+                source=part.source.format(expert=number) if self.experts else part.source,
+                source_shape=source_shape,
+                start=(start[0] + number * flat, *start[1:]),
                 shape=shape,
                 at=(expert, *where) if self.experts else where,
+                transposed=turned,
             )
 
     def _rows(self, part: Part, rank: Rank) -> tuple[int, int]:
@@ -213,42 +280,6 @@ class Census:
     padding: int
     copies: int
     """Held by a lower rank as well."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A box of a source tensor, and the corner of the rank tensor where it lands.
-
-    A rank tensor may have one dimension more than its sources (stacked experts): the box is then
-    one element thick in that dimension.
-    """
-
-    source: str
-    source_shape: tuple[int, ...]
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    at: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankTensor:
-    """A tensor of one rank's files: where each element comes from, and `fill` for the others.
-
-    `name` is what the file calls it and `parameter` what the engine does; constants that only an
-    engine's file format wants have no parameter.
-    """
-
-    name: str
-    parameter: str | None
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...] = ()
-    fill: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return dtype_bytes(self.dtype, prod(self.shape))
 
 
 def pipeline_layers(num_layers: int, pipeline_parallel_size: int, pp_rank: int) -> range:

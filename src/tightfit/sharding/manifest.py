@@ -39,7 +39,7 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Compact: a piece is [source, source shape, start, shape, at]."""
+        """Compact: a piece is [source, source shape, start, shape, at], and true if transposed."""
         return {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -47,7 +47,10 @@ class StoredTensor:
             "nbytes": self.nbytes,
             "xxh3": self.xxh3,
             "fill": self.fill,
-            "pieces": [[p.source, p.source_shape, p.start, p.shape, p.at] for p in self.pieces],
+            "pieces": [
+                [p.source, p.source_shape, p.start, p.shape, p.at, *([True] * p.transposed)]
+                for p in self.pieces
+            ],
         }
 
 
@@ -229,8 +232,9 @@ def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]
                     start=_sizes(start),
                     shape=_sizes(shape),
                     at=_sizes(at),
+                    transposed=turned == [True] or (bool(turned) and _wrong(turned)),
                 )
-                for source, source_shape, start, shape, at in entry["pieces"]
+                for source, source_shape, start, shape, at, *turned in entry["pieces"]
             ),
         )
 

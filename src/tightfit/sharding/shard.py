@@ -125,7 +125,7 @@ def shard(job: ShardJob, directory: Path, progress: Progress) -> Manifest:
         for part, target in zip(job.parts, targets, strict=True):
             os.pwrite(target.fd, part.header, 0)
             _write_constants(part, target)
-        copied = sum(copy.nbytes for group in job.copies for copy in group.copies)
+        copied = sum(group.nbytes for group in job.copies)
         progress.phase("copying", copied)
         run_copies(job.copies, files, [target.fd for target in targets], progress.advance)
         files.check_unchanged()

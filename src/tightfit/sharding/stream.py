@@ -2,14 +2,19 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Literal
 
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
-from tightfit.sharding.copies import Copy, TensorCopies
+from tightfit.sharding.copies import Copy, TensorCopies, Turn
 
 BUFFER_BYTES = 2**23
+_BLOCKS_OF_TURNS = 4
+"""Buffers that a block of a matrix to be turned may fill: long columns make long writes."""
+_ITEMS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX") if "SC_IOV_MAX" in os.sysconf_names else 16, 1024)
 _NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -93,14 +98,26 @@ def run_copies(
         OSError: a target cannot be written.
     """
     for group in groups:
-        strided: list[Copy] = []
+        strided: defaultdict[tuple[int, int, int], list[Copy]] = defaultdict(list)
         for copy in group.copies:
             if copy.rows > 1:
-                strided.append(copy)
+                strided[_rows_of(group, copy)].append(copy)
             else:
                 _copy_range(group.source.file, copy, files, targets[copy.target], progress)
-        if strided:
-            _copy_rows(group, strided, files, targets, progress)
+        for alike in strided.values():
+            _copy_rows(group, alike, files, targets, progress)
+        turned: defaultdict[tuple[int, int, int], list[Turn]] = defaultdict(list)
+        for turn in group.turns:
+            turned[_rows_of(group, turn)].append(turn)
+        for turns in turned.values():
+            _turn_rows(group, turns, files, targets, progress)
+
+
+def _rows_of(group: TensorCopies, copy: Copy | Turn) -> tuple[int, int, int]:
+    """(offset of the first whole row, stride, rows): copies with the same come from one read."""
+    stride = copy.source_stride
+    inside = (copy.source_offset - group.source.offset) % stride
+    return copy.source_offset - inside, stride, copy.rows
 
 
 def _copy_range(
@@ -140,10 +157,7 @@ def _copy_rows(
     progress: Callable[[int], None],
 ) -> None:
     """Read the rows once, in blocks, and gather every rank's slices from them."""
-    rows, stride = copies[0].rows, copies[0].source_stride
-    first_row = (copies[0].source_offset - group.source.offset) // stride
-    base = group.source.offset + first_row * stride
-    assert all(copy.rows == rows and copy.source_stride == stride for copy in copies)
+    base, stride, rows = _rows_of(group, copies[0])
     block = max(1, BUFFER_BYTES // stride)
     for first in range(0, rows, block):
         count = min(block, rows - first)
@@ -157,6 +171,45 @@ def _copy_rows(
             ]
             write_all(targets[copy.target], slices, copy.target_offset + first * copy.row_bytes)
             progress(count * copy.row_bytes)
+
+
+def _turn_rows(
+    group: TensorCopies,
+    turns: Sequence[Turn],
+    files: SourceFiles,
+    targets: Sequence[int],
+    progress: Callable[[int], None],
+) -> None:
+    """Read the rows once, in blocks, and write every rank's columns of them as rows."""
+    base, stride, rows = _rows_of(group, turns[0])
+    block = max(1, _BLOCKS_OF_TURNS * BUFFER_BYTES // stride)
+    for first in range(0, rows, block):
+        count = min(block, rows - first)
+        start = base + first * stride
+        data = files.read(group.source.file, start, start + count * stride)
+        for turn in turns:
+            lines = turned(data, turn, count, turn.source_offset - base)
+            width = count * turn.item_bytes
+            at = turn.target_offset + first * turn.item_bytes
+            if width == turn.target_stride:
+                write_all(targets[turn.target], [lines], at)
+            else:
+                for i in range(len(lines) // width):
+                    line = lines[i * width : (i + 1) * width]
+                    write_all(targets[turn.target], [line], at + i * turn.target_stride)
+            progress(len(lines))
+
+
+def turned(data: bytes, turn: Turn, count: int, column: int) -> memoryview:
+    """Columns of `count` rows in `data`, one after the other; `column` is the first one's byte."""
+    item, kind = turn.item_bytes, _ITEMS[turn.item_bytes]
+    source = memoryview(data).cast(kind)
+    found = memoryview(bytearray(count * turn.row_bytes))
+    lines = found.cast(kind)
+    first, step = column // item, turn.source_stride // item
+    for i in range(turn.row_bytes // item):
+        lines[i * count : (i + 1) * count] = source[first + i : first + i + count * step : step]
+    return found
 
 
 def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:

@@ -1,11 +1,9 @@
 """`tightfit verify`: is a sharded checkpoint what its manifest says, and what its source holds?"""
 
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from tightfit.checkpoint.checkpoint import Checkpoint
@@ -16,10 +14,10 @@ from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.sharding.manifest import Manifest, StoredFile, StoredTensor, read_manifest
+from tightfit.sharding.compare import equal
+from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
 from tightfit.sharding.shard import Progress, checksum
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles
-from tightfit.units import dtype_bytes
+from tightfit.sharding.stream import SourceFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,62 +175,6 @@ def _against(
                 missing = [p.source for p in tensor.pieces if p.source not in tensors]
                 if missing:
                     yield f"{source.name} lacks {missing[0]!r}, from which {tensor.name!r} was made"
-                elif not _equal(stream.fileno(), tensor, tensors, source_files):
+                elif not equal(stream.fileno(), tensor, tensors, source_files):
                     yield f"{file.name}: {tensor.name!r} differs from {source.name}"
                 progress.advance(tensor.nbytes)
-
-
-def _equal(
-    fd: int, tensor: StoredTensor, sources: dict[str, TensorInfo], files: SourceFiles
-) -> bool:
-    """Rebuild the tensor in chunks of rows, and compare."""
-    size = dtype_bytes(tensor.dtype)
-    row_bytes = (tensor.shape[-1] if len(tensor.shape) > 1 else 1) * size
-    rows = tensor.nbytes // row_bytes if row_bytes else 0
-    block = max(1, BUFFER_BYTES // max(row_bytes, 1))
-    fill = struct.pack("<f", tensor.fill) if tensor.fill else bytes(row_bytes)
-    for first in range(0, rows, block):
-        last = min(first + block, rows)
-        expected = bytearray(fill * (last - first))
-        for at, source, start, shape in _runs(tensor):
-            info = sources[source]
-            if info.dtype != tensor.dtype or len(info.shape) != len(shape):
-                return False
-            low, high = max(at, first), min(at + shape[0], last)
-            if low < high:
-                begin = (start[0] + low - at, *start[1:])
-                box = _read_box(info, begin, (high - low, *shape[1:]), files)
-                expected[(low - first) * row_bytes : (high - first) * row_bytes] = box
-        if os.pread(fd, len(expected), tensor.offset + first * row_bytes) != expected:
-            return False
-    return True
-
-
-def _runs(
-    tensor: StoredTensor,
-) -> Iterator[tuple[int, str, tuple[int, ...], tuple[int, ...]]]:
-    """(first row in the tensor seen as rows, source, start, shape) of each piece."""
-    matrix = len(tensor.shape) > 1
-    for piece in tensor.pieces:
-        rows = piece.at[:-1] if matrix else piece.at
-        at = 0
-        for position, extent in zip(rows, tensor.shape, strict=False):
-            at = at * extent + position
-        yield at, piece.source, piece.start, piece.shape
-
-
-def _read_box(
-    info: TensorInfo, start: tuple[int, ...], shape: tuple[int, ...], files: SourceFiles
-) -> bytes:
-    """The bytes of a box of a source tensor; empty if the tensor is too small for it."""
-    size = dtype_bytes(info.dtype)
-    stride = prod(info.shape[1:]) * size
-    column = start[1] * size if len(start) > 1 else 0
-    width = prod(shape[1:]) * size
-    if any(s + n > extent for s, n, extent in zip(start, shape, info.shape, strict=True)):
-        return b""
-    begin = info.offset + start[0] * stride
-    data = files.read(info.file, begin, begin + shape[0] * stride)
-    if width == stride:
-        return data
-    return b"".join(data[at : at + width] for at in range(column, len(data), stride))

@@ -1,0 +1,129 @@
+"""Whether a tensor of a rank's file holds what its pieces say, byte by byte.
+
+Every copy is planned again as for writing; what no copy covers has to be `fill`.
+"""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.sharding.copies import Copy, Turn, copies
+from tightfit.sharding.manifest import StoredTensor
+from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, turned
+
+
+def equal(
+    fd: int, tensor: StoredTensor, sources: Mapping[str, TensorInfo], files: SourceFiles
+) -> bool:
+    """Compare a tensor of the open file with its sources, in blocks of a few megabytes."""
+    planned: list[Copy | Turn] = []
+    for piece in tensor.pieces:
+        info = sources[piece.source]
+        if info.dtype != tensor.dtype or not _inside(piece.start, piece.shape, info.shape):
+            return False
+        found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
+        for copy in found:
+            if not all(map(_Compared(fd, info.file, files), _blocks(copy))):
+                return False
+            planned.append(copy)
+    return _filled(fd, tensor, planned)
+
+
+class _Compared:
+    """Compares one block of a copy."""
+
+    def __init__(self, fd: int, file: str, files: SourceFiles) -> None:
+        self.fd, self.file, self.files = fd, file, files
+
+    def __call__(self, copy: Copy | Turn) -> bool:
+        stride, start = copy.source_stride, copy.source_offset
+        end = start + (copy.rows - 1) * stride + copy.row_bytes
+        data = self.files.read(self.file, start, end)
+        if isinstance(copy, Copy):
+            rows = (data[i * stride : i * stride + copy.row_bytes] for i in range(copy.rows))
+            wanted = data if copy.rows == 1 else b"".join(rows)
+            return os.pread(self.fd, copy.nbytes, copy.target_offset) == wanted
+        lines, width = bytes(turned(data, copy, copy.rows, 0)), copy.rows * copy.item_bytes
+        return all(
+            os.pread(self.fd, width, copy.target_offset + i * copy.target_stride)
+            == lines[i * width : (i + 1) * width]
+            for i in range(len(lines) // width)
+        )
+
+
+def _blocks(copy: Copy | Turn) -> Iterator[Copy | Turn]:
+    """The copy in blocks of rows, or a long row in blocks of bytes."""
+    if isinstance(copy, Copy) and copy.rows == 1:
+        for at in range(0, copy.row_bytes, BUFFER_BYTES):
+            size = min(BUFFER_BYTES, copy.row_bytes - at)
+            yield Copy(
+                source_offset=copy.source_offset + at,
+                source_stride=size,
+                target=copy.target,
+                target_offset=copy.target_offset + at,
+                rows=1,
+                row_bytes=size,
+            )
+        return
+    block = max(1, BUFFER_BYTES // copy.source_stride)
+    for first in range(0, copy.rows, block):
+        rows = min(block, copy.rows - first)
+        source = copy.source_offset + first * copy.source_stride
+        if isinstance(copy, Copy):
+            yield Copy(
+                source_offset=source,
+                source_stride=copy.source_stride,
+                target=copy.target,
+                target_offset=copy.target_offset + first * copy.row_bytes,
+                rows=rows,
+                row_bytes=copy.row_bytes,
+            )
+        else:
+            yield Turn(
+                source_offset=source,
+                source_stride=copy.source_stride,
+                target=copy.target,
+                target_offset=copy.target_offset + first * copy.item_bytes,
+                target_stride=copy.target_stride,
+                rows=rows,
+                row_bytes=copy.row_bytes,
+                item_bytes=copy.item_bytes,
+            )
+
+
+def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn]) -> bool:
+    """Whether the bytes between the copies are `fill`, and the copies do not overlap."""
+    covered = sorted(span for copy in planned for span in _spans(copy))
+    fill = struct.pack("<f", tensor.fill) if tensor.fill else b"\0"
+    at, end = tensor.offset, tensor.offset + tensor.nbytes
+    for first, last in [*covered, (end, end)]:
+        if first < at or last > end:
+            return False
+        while at < first:
+            size = min(BUFFER_BYTES, first - at)
+            if os.pread(fd, size, at) != fill * (size // len(fill)):
+                return False
+            at += size
+        at = last
+    return True
+
+
+def _spans(copy: Copy | Turn) -> Iterator[tuple[int, int]]:
+    """The ranges of the target that a copy writes."""
+    start = copy.target_offset
+    if isinstance(copy, Copy):
+        yield start, start + copy.nbytes
+        return
+    width, lines = copy.rows * copy.item_bytes, copy.row_bytes // copy.item_bytes
+    if width == copy.target_stride:
+        yield start, start + width * lines
+        return
+    for i in range(lines):
+        yield start + i * copy.target_stride, start + i * copy.target_stride + width
+
+
+def _inside(start: tuple[int, ...], shape: tuple[int, ...], extents: tuple[int, ...]) -> bool:
+    if not len(start) == len(shape) == len(extents):
+        return False
+    return all(s + n <= extent for s, n, extent in zip(start, shape, extents, strict=True))
