@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +16,76 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results")
 
 
+# The kernel counts what a process was before `exec` to its peak: a small process has to start it.
+_LAUNCHER = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]), int(sys.argv[2])))
+pid = os.posix_spawnp(sys.argv[3], sys.argv[3:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+figures = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss
+os.write(int(sys.argv[1]), " ".join(map(str, figures)).encode())
+"""
+
+
+_ADDRESS_SPACE = 16 * 2**30
+"""Bytes; some tools make the weights of the largest models."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
+    """What a command and its children cost, and what it said."""
+
+    returncode: int
     cpu_seconds: float
     peak_rss_bytes: int
+    stdout: str
+    stderr: str
+
+
+def observe(command: Sequence[str], environment: Mapping[str, str], timeout: float = 600) -> Run:
+    """Run to the end, whatever that is.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer, and was killed with its children.
+    """
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(write), str(_ADDRESS_SPACE), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=(write,),
+        start_new_session=True,
+        text=True,
+        errors="replace",
+    )
+    os.close(write)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+        figures = os.read(read, 1000).decode().split()
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    finally:
+        os.close(read)
+    if not figures:
+        raise SystemExit(f"{command[0]} did not start:\n{stderr[-2000:]}")
+    return Run(
+        returncode=int(figures[0]),
+        cpu_seconds=float(figures[1]),
+        peak_rss_bytes=int(figures[2]) * 1024,
+        stdout=stdout,
+        stderr=stderr,
+    )
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> Run:
-    """Run to the end, and ask the kernel what it cost, children included."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
-    return Run(cpu_seconds=usage.ru_utime + usage.ru_stime, peak_rss_bytes=usage.ru_maxrss * 1024)
+    """Run what must succeed."""
+    done = observe(command, environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return done
 
 
 def compare(

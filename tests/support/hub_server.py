@@ -35,12 +35,13 @@ class Request:
 class Repo:
     """One model: its files by revision, and how the Hub is to behave about it.
 
-    `gated` needs the token "let-me-in", `status` answers every request so, `slow_seconds` delays
-    every answer, `ranges=False` ignores byte ranges, as some proxies do, and the CDN answers the
-    first `cdn_failures` requests with 503.
+    `info` is added to its model info, `gated` needs the token "let-me-in", `status` answers every
+    request so, `slow_seconds` delays every answer, `ranges=False` ignores byte ranges, as some
+    proxies do, and the CDN answers the first `cdn_failures` requests with 503.
     """
 
     revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     gated: bool = False
     status: int | None = None
     slow_seconds: float = 0.0
@@ -188,6 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
                 {"id": repo_id, "modelId": repo_id, "sha": commit, "private": False, "tags": []}
                 | {"gated": False, "disabled": False, "siblings": siblings}
                 | {"library_name": "transformers", "config": _config_metadata(files)}
+                | self.hub.repos[repo_id].info
             )
         elif what == "tree":
             self._json([_entry(name, data) for name, data in sorted(files.items())])

@@ -3,7 +3,7 @@
 Each is wrong in some planner: grouped heads, a head dimension that is not hidden_size / heads,
 latent attention with fp8 blocks, a window pattern that the config leaves to its class, mxfp4 with
 windows, a vision tower, and three kinds of recurrent state. Everything here is arithmetic over the
-published sizes; nothing comes from tightfit, which tests and the benchmark of peers hold against it.
+published sizes; nothing comes from tightfit, which tests and the benchmark hold against it.
 """
 
 import json
