@@ -115,6 +115,8 @@ class ModelSpec:
     """Parameters of the decoder that belong to no layer, such as learned positions."""
     towers: tuple[Tower, ...] = ()
     """Encoders of images, video or audio, with their projectors."""
+    wraps_decoder: bool = False
+    """The class is a multimodal one, which embeds tokens itself, also without its towers."""
     encoder_tokens: int = 0
     """Tokens of the encoder of an encoder-decoder model; 0 for a decoder alone."""
     quantization: Quantization | None = None

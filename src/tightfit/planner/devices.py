@@ -137,10 +137,13 @@ CATALOGUE: Mapping[str, Device] = {
 def device(gpu: str | None, gpu_memory: str | None) -> Device | None:
     """The device that the options name; None when they name none.
 
+    `cpu` is this machine, or one with as much memory as is said.
+
     Raises:
         UsageError: an unknown name, or both options.
     """
-    if gpu is not None and gpu_memory is not None:
+    is_cpu = gpu is not None and gpu.lower() == "cpu"
+    if gpu is not None and gpu_memory is not None and not is_cpu:
         raise UsageError("--gpu and --gpu-memory contradict each other", hint="give one of them")
     if gpu_memory is not None:
         total_bytes = parse_bytes(gpu_memory)
@@ -148,7 +151,11 @@ def device(gpu: str | None, gpu_memory: str | None) -> Device | None:
             raise UsageError(
                 f"--gpu-memory {gpu_memory} is less than any GPU has", hint="write it as 24GiB"
             )
+        if is_cpu:
+            return Device(name="cpu", total_bytes=total_bytes, kind="cpu")
         return Device(name=f"a GPU of {format_bytes(total_bytes)}", total_bytes=total_bytes)
+    if is_cpu:
+        return this_machine()
     return None if gpu is None else named(gpu)
 
 

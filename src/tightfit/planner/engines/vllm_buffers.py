@@ -116,6 +116,8 @@ def persistent_buffers(setting: Setting) -> Component:
 def _v2_buffers(setting: Setting) -> dict[str, int]:
     n, m, v = setting.max_num_seqs, setting.max_num_batched_tokens, setting.spec.vocab_size
     parts = {"inputs 13 x M": 13 * m, "lengths and starts 12 x N": 12 * n}
+    if setting.spec.towers:
+        parts["input embeddings M x H x b"] = setting.hidden_bytes
     if setting.samples:
         parts |= {
             "counts of output tokens 4 x N x V": 4 * n * v,

@@ -103,7 +103,7 @@ def built(spec: ModelSpec, options: PlanOptions) -> ModelSpec:
         if is_data_parallel(tower, options):
             weights = tuple(map(uncut, weights))
         towers.append(replace(tower, weights=weights))
-    return replace(spec, towers=tuple(towers))
+    return replace(spec, towers=tuple(towers), wraps_decoder=True)
 
 
 def is_data_parallel(tower: Tower, options: PlanOptions) -> bool:

@@ -174,6 +174,8 @@ def _layer_peak(setting: Setting, layer: Layer) -> Stages:
     recurrent = any(mixer.is_recurrent for mixer in layer.mixers)
     latent = any(isinstance(mixer, LatentAttention) for mixer in layer.mixers)
     around = 2 * hidden + (0 if recurrent or latent or not layer.mixers else tokens * q * b)
+    if setting.eager and (setting.spec.towers or setting.spec.wraps_decoder):
+        around += hidden
     inner = setting.inner(layer)
     kind = arithmetic(setting.spec)
     if kind in ("fp8", "fp8_block"):
