@@ -184,13 +184,18 @@ def _process_baseline(processes: Processes, options: PlanOptions, *, cpu: bool) 
     plain = processes.front + processes.cores + processes.others
     private = plain * PROCESS_BYTES + processes.workers * worker
     shared = 0 if processes.separate_workers else processes.workers * PROCESS_BYTES
+    named = {
+        "API server or caller": processes.front,
+        "engine core": processes.cores,
+        "parent or coordinator": processes.others,
+    }
     formula = (
-        f"{plain} processes ({processes.front} with the API, {processes.cores} engine cores, "
-        f"{processes.others} others) x {format_bytes(PROCESS_BYTES)} + {processes.workers} workers "
-        f"x {format_bytes(worker)} ({worker_formula})"
+        " + ".join(f"{count} x {name}" for name, count in named.items() if count)
+        + f", {format_bytes(PROCESS_BYTES)} each, + {processes.workers} x {format_bytes(worker)} "
+        f"({worker_formula})"
     )
     if shared:
-        formula += ", which run in their engine cores"
+        formula += ", in the process of its engine core"
     formula += f" + {format_bytes(library)} of libraries, mapped once; {BASELINE_PROVENANCE}"
     return _component("process_baseline", private - shared + library, formula, origin="calibrated")
 
