@@ -8,9 +8,8 @@ from support.configs import read_config, read_spec
 from tightfit.errors import UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.spec import ModelSpec
-from tightfit.planner import assemble
+from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import Device
-from tightfit.planner.engines.vllm_cpu import VLLMCPU
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.units import GiB, MiB
@@ -40,17 +39,12 @@ BIG = TINY | {
 }
 
 
-@pytest.fixture(autouse=True)
-def cpu_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assemble, "engine", VLLMCPU)
-
-
 def plan(model: ModelSpec | dict[str, Any], **options: Any) -> Plan:
     spec = model_spec(model) if isinstance(model, dict) else model
     asked = PlanOptions(
         **{"device": CPU, "entrypoint": "llm", "engine_version": "0.32.0"} | options
     )
-    return assemble.make_plan(spec, asked, name="tiny")
+    return make_plan(spec, asked, name="tiny")
 
 
 def test_the_pool_of_an_explicit_size() -> None:

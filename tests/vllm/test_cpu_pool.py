@@ -12,9 +12,8 @@ import pytest
 
 from support.tiny_models import make_tiny_model
 from tightfit.model.families import model_spec
-from tightfit.planner import assemble
+from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import this_machine
-from tightfit.planner.engines.vllm_cpu import VLLMCPU
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.units import GiB
@@ -48,7 +47,7 @@ class Case:
             **self.arguments,
         )
         config = json.loads((directory / "config.json").read_bytes())
-        return assemble.make_plan(model_spec(config), options, name=self.model)
+        return make_plan(model_spec(config), options, name=self.model)
 
 
 CASES = (
@@ -81,9 +80,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
     *logs, _ = re.split(r"^ANSWER .*$", done.stdout, flags=re.MULTILINE)
     found = [json.loads(line) for line in re.findall(r"^ANSWER (.*)$", done.stdout, re.MULTILINE)]
     assert len(found) == len(cases), done.stdout[-2000:] + done.stderr[-4000:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assemble, "engine", VLLMCPU)
-        plans = [case.plan(directory / case.model) for case in cases]
+    plans = [case.plan(directory / case.model) for case in cases]
     return list(zip(found, logs, plans, strict=True))
 
 
