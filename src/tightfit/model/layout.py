@@ -14,6 +14,7 @@ runtime also takes uneven shares of whole heads, so that 9 heads can be served o
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
@@ -282,6 +283,7 @@ class Census:
     """Held by a lower rank as well."""
 
 
+@lru_cache(maxsize=1024)
 def pipeline_layers(num_layers: int, pipeline_parallel_size: int, pp_rank: int) -> range:
     """The layers of a pipeline stage (vLLM's `distributed/utils.py: get_pp_indices`).
 

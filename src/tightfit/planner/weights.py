@@ -1,6 +1,5 @@
 """The bytes of a rank's weights, exactly, from the shapes that `model` gives."""
 
-from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
 
@@ -66,9 +65,11 @@ def _groups(spec: ModelSpec) -> tuple[WeightGroup, ...]:
 _count = lru_cache(maxsize=8)(parameter_count)
 
 
-def held(spec: ModelSpec, rank: Rank) -> Iterable[Weight]:
+@lru_cache(maxsize=64)
+def held(spec: ModelSpec, rank: Rank) -> tuple[Weight, ...]:
     """The weights of a rank's pipeline stage."""
-    return (weight for weight in loaded_parameters(spec) if on_rank(weight, rank, spec.num_layers))
+    weights = loaded_parameters(spec)
+    return tuple(weight for weight in weights if on_rank(weight, rank, spec.num_layers))
 
 
 def checkpoint_bytes(spec: ModelSpec) -> int:
