@@ -33,7 +33,7 @@ _RULES = (
     (r"\.block_sparse_moe\.", ".mlp."),
     (r"\.router\.weight$", ".gate.weight"),
     (r"\.router\.weight$", ".router.layer.weight"),
-    (r"\.gate\.e_score_correction_bias$", ".e_score_correction_bias"),
+    (r"\.gate\.(?=(?:moe_statics\.)?e_score_correction_bias$)", "."),
     (r"\.self_attn\.sinks$", ".self_attn.attention_sink_bias"),
     (r"\.self_attn\.indexer\.([qk]_)", r".self_attn.index_\1"),
     (r"\.experts\.#\.w1\.", ".experts.#.gate_proj."),
@@ -175,9 +175,11 @@ def _other_forms(weight: Weight) -> Iterator[Weight]:
     rows = sum(part.rows for part in weight.parts if not part.repeats)
     match = _EXPERTS.fullmatch(weight.name) if weight.experts else None
     if match is None:
-        if len(weight.parts) > 1 and not weight.experts:
-            fused = Part(source=weight.name, rows=rows)
-            yield replace(weight, parts=(fused,))
+        count = len({part.source for part in weight.parts})
+        if count > 1 and not weight.experts:
+            fused, shape = Part(source=weight.name, rows=rows), weight.stored_shape
+            shape = None if shape is None else (count * shape[0], *shape[1:])
+            yield replace(weight, parts=(fused,), stored_shape=shape)
         return
     module, kind, bias, tail = match.groups()
     pair = ("gate_proj", "up_proj") if len(weight.parts) > 1 else ("up_proj",)
