@@ -7,6 +7,7 @@ attention demands it.
 """
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,10 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
             else:
                 parameter.copy_((noise * 0.08).to(parameter.dtype))
     model.save_pretrained(directory)
+    if "architectures" in changes:
+        path = directory / "config.json"
+        document = json.loads(path.read_bytes())
+        path.write_text(json.dumps(document | {"architectures": changes["architectures"]}))
     return directory
 
 

@@ -1,19 +1,20 @@
 """What the files of a sharded checkpoint call the parameters, per engine and version.
 
 vLLM's `ShardedStateLoader` demands exactly the names of its own state dict, which follow its module
-tree and drift between versions. Found by building vLLM's own models without weights and listing
-their state: of tensors that share memory only the alphabetically first name is stored, and every
-attention layer wants four float32 scalars, although nothing is quantized.
+tree and drift between versions: of tensors that share memory only the alphabetically first name is
+stored, and every attention layer wants four float32 scalars, although nothing is quantized. The
+names of each family are in `stored_names`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from tightfit.errors import UsageError
-from tightfit.model.layout import Rank, RankTensor, on_rank
+from tightfit.model.layout import Rank, RankTensor, Weight, on_rank
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
+from tightfit.model.stored_names import FamilyNames, constants, family_names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,21 +23,11 @@ class StoredLayout:
 
     name: str
     uneven: bool
-    renamed: Mapping[str, str]
-    """Regular expression of a parameter -> its name in the file."""
-    attention_constants: tuple[str, ...]
-    """float32 scalars, all 1.0, beside every attention layer."""
+    family: Callable[[str], FamilyNames]
+    """The names of an architecture."""
 
 
-_VLLM_0_32 = StoredLayout(
-    name="vllm-0.32",
-    uneven=False,
-    renamed={
-        r"\.experts\.(w13_weight|w2_weight)$": r".experts.routed_experts.\1",
-        r"\.mlp\.gate\.weight$": r".mlp.experts.gate.weight",
-    },
-    attention_constants=("_k_scale", "_prob_scale", "_q_scale", "_v_scale"),
-)
+_VLLM_0_32 = StoredLayout(name="vllm-0.32", uneven=False, family=family_names)
 
 LAYOUTS: Mapping[str, StoredLayout] = {
     "vllm-0.32": _VLLM_0_32,
@@ -64,27 +55,41 @@ def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[Ran
     Raises:
         LayoutError: the model cannot be cut that way.
     """
-    found: list[RankTensor] = []
-    for weight in parameters(spec):
-        if not on_rank(weight, rank, spec.num_layers):
-            continue
-        tensor = weight.rank_tensor(rank, spec.dtype)
-        found.append(replace(tensor, name=_stored_name(weight.name, spec, rank, layout)))
-        if weight.name.endswith(".qkv_proj.weight"):
-            module = weight.name.removesuffix(".qkv_proj.weight")
-            found += (
-                RankTensor(
-                    name=f"{module}.attn.{name}", parameter=None, dtype="F32", shape=(), fill=1.0
+    names = layout.family(spec.architecture)
+    return tuple(
+        one
+        for weight in parameters(spec)
+        if on_rank(weight, rank, spec.num_layers)
+        for one in _tensors(weight, spec, rank, names)
+    )
+
+
+def _tensors(
+    weight: Weight, spec: ModelSpec, rank: Rank, names: FamilyNames
+) -> Iterator[RankTensor]:
+    """A parameter, and the constants of the attention layer that it stands for."""
+    tensor = weight.rank_tensor(rank, spec.dtype)
+    yield replace(tensor, name=_stored_name(weight.name, spec, rank, names))
+    if not isinstance(weight.where, int):
+        return
+    for pattern, replacement in names.attention:
+        if re.search(pattern, weight.name):
+            for name in constants(re.sub(pattern, replacement, weight.name)):
+                yield RankTensor(
+                    name=_renamed(name, names), parameter=None, dtype="F32", shape=(), fill=1.0
                 )
-                for name in layout.attention_constants
-            )
-    return tuple(found)
 
 
-def _stored_name(name: str, spec: ModelSpec, rank: Rank, layout: StoredLayout) -> str:
-    if name == "model.embed_tokens.weight" and spec.tie_word_embeddings:
+def _stored_name(name: str, spec: ModelSpec, rank: Rank, names: FamilyNames) -> str:
+    embedding = f"{spec.names.embedding}.weight"
+    if name == embedding and spec.tie_word_embeddings and spec.has_lm_head_module:
         last = rank.pp_rank == rank.parallel.pipeline_parallel_size - 1
-        return "lm_head.weight" if spec.has_lm_head_module and last else name
-    for pattern, replacement in layout.renamed.items():
+        if last or spec.every_stage_has_ends:
+            return min(_renamed(embedding, names), f"{spec.names.head}.weight")
+    return _renamed(name, names)
+
+
+def _renamed(name: str, names: FamilyNames) -> str:
+    for pattern, replacement in names.renamed:
         name = re.sub(pattern, replacement, name)
     return name

@@ -70,7 +70,7 @@ class TensorCopies:
     @property
     def nbytes(self) -> int:
         """Bytes that are written."""
-        return sum(copy.nbytes for copy in (*self.copies, *self.turns))
+        return sum(c.nbytes for c in self.copies) + sum(t.nbytes for t in self.turns)
 
 
 def plan_copies(

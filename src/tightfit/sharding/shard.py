@@ -73,7 +73,7 @@ def prepare(
     require_weights(checkpoint, "shard")
     spec = describe(checkpoint).spec
     require_own_names(spec)
-    if not (spec.is_plain and spec.verified_for_sharding):
+    if not spec.verified_for_sharding:
         raise UnsupportedModelError(
             f"sharding {spec.architecture} is not supported: vLLM's names of its parameters have "
             "not been verified",

@@ -58,6 +58,8 @@ class Projections:
     sinks: str = "sinks"
     transposed: bool = False
     """Stored as `[in, out]`: GPT-2's Conv1D."""
+    by_group: bool = False
+    """The fused tensor has the query heads, key and value of one KV head after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,12 @@ class Attention(Mixer):
         members = ((names.query, q), (names.key, keys), (names.value, values))
         yield from linear(
             f"{at.prefix}.{'q_proj' if self.shares_cache else 'qkv_proj'}",
-            stack(at.prefix, names.fused, members[:1] if self.shares_cache else members),
+            stack(
+                at.prefix,
+                names.fused,
+                members[:1] if self.shares_cache else members,
+                groups=self.num_kv_heads if names.by_group else 1,
+            ),
             columns=place.hidden_size,
             cut=Cut.OUTPUT,
             bias=self.qkv_bias,

@@ -8,8 +8,13 @@ Parts = Callable[[str], tuple[Part, ...]]
 """The parts of a linear layer's `weight` or `bias`."""
 
 
-def stack(prefix: str, fused: str | None, members: tuple[tuple[str, Axis], ...]) -> Parts:
-    """Members stacked along the output: each a tensor of its own, or rows of one fused tensor."""
+def stack(
+    prefix: str, fused: str | None, members: tuple[tuple[str, Axis], ...], *, groups: int = 1
+) -> Parts:
+    """Members stacked along the output: each a tensor of its own, or rows of one fused tensor.
+
+    With several `groups` the fused tensor holds all members of the first one, then of the next.
+    """
 
     def parts(kind: str) -> tuple[Part, ...]:
         if fused is None:
@@ -26,10 +31,16 @@ def stack(prefix: str, fused: str | None, members: tuple[tuple[str, Axis], ...])
         total = sum(axis.rows for _, axis in members)
         found: list[Part] = []
         for _, axis in members:
-            first = sum(part.rows for part in found)
-            source = f"{prefix}.{fused}.{kind}"
             found.append(
-                Part(source=source, rows=axis.rows, axis=axis, first_row=first, source_rows=total)
+                Part(
+                    source=f"{prefix}.{fused}.{kind}",
+                    rows=axis.rows,
+                    axis=axis,
+                    first_row=sum(part.rows for part in found) // groups,
+                    source_rows=total,
+                    run_rows=axis.rows // groups if groups > 1 else 0,
+                    run_stride=total // groups if groups > 1 else 0,
+                )
             )
         return tuple(found)
 

@@ -66,6 +66,8 @@ class ExpertNames:
     gate_up: str | None = None
     stacked: bool = False
     transposed: bool = False
+    alternating: bool = False
+    """Rows of gate and up alternate, for an engine as well: gpt-oss."""
     flat: bool = False
     """Stacked, but as `[experts * intermediate_size, columns]`, down too: DBRX."""
     gate_up_bias: str | None = None
@@ -198,6 +200,9 @@ class MoE(Block):
                 for name in (names.gate, names.up)
             )
         source = f"{prefix}.{names.gate_up}"
+        if names.alternating:
+            both = replace(inner, unit_rows=2)
+            return (Part(source=source, rows=both.rows, axis=both),)
         return tuple(
             Part(source=source, rows=inner.rows, axis=inner, first_row=first, source_rows=total)
             for total in (2 * inner.rows,)

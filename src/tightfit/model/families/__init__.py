@@ -219,7 +219,10 @@ def text_spec(
         )
     nested = nested.completed(config, architecture).with_defaults(defaults)
     spec: ModelSpec = _family(architecture).spec(nested)
-    return replace(spec, architecture=config.strings("architectures")[0])
+    # Inside a multimodal model an engine may have other names for the same modules.
+    return replace(
+        spec, architecture=config.strings("architectures")[0], verified_for_sharding=False
+    )
 
 
 def _stem(architecture: str) -> str:

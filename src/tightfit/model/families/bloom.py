@@ -38,7 +38,7 @@ def spec(config: Config) -> ModelSpec:
         qkv_bias=True,
         output_bias=True,
         module="self_attention",
-        names=Projections(fused="query_key_value", output="dense"),
+        names=Projections(fused="query_key_value", output="dense", by_group=True),
     )
     mlp = DenseMLP(
         intermediate_size=4 * hidden_size,
@@ -62,5 +62,4 @@ def spec(config: Config) -> ModelSpec:
         ),
         extras=tuple(first),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )

@@ -48,7 +48,6 @@ def spec(config: Config) -> ModelSpec:
         logits_scale=config.number("logit_scale", default=0.0625),
         names=Names(layer_norms=("input_layernorm",)),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )
 
 

@@ -112,7 +112,7 @@ def spec(config: Config) -> ModelSpec:
         layers,
         norm_eps=config.number("rms_norm_eps", default=defaults.rms_norm_eps),
         ignored_sources=decoder.layers_after(config, "num_nextn_predict_layers", "num_mtp_layers"),
-        verified_for_sharding=False,
+        verified_for_sharding=defaults.index_n_heads is None and not _plain_attention(config),
     )
 
 

@@ -37,4 +37,4 @@ def spec(config: Config) -> ModelSpec:
         sparse=experts,
         is_sparse=lambda i: i >= first,
     )
-    return decoder.model(config, layers, verified_for_sharding=False)
+    return decoder.model(config, layers)

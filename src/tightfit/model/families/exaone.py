@@ -64,7 +64,6 @@ def _fourth(config: Config) -> ModelSpec:
         _layers(config, attention, decoder.uniform(config, attention, mlp)),
         norm_style=NormStyle.POST,
         norm_eps=config.number("rms_norm_eps", default=1e-5),
-        verified_for_sharding=False,
     )
 
 

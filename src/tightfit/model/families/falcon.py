@@ -42,7 +42,7 @@ def spec(config: Config) -> ModelSpec:
         qkv_bias=bias,
         output_bias=bias,
         module="self_attention",
-        names=Projections(fused="query_key_value", output="dense"),
+        names=Projections(fused="query_key_value", output="dense", by_group=True),
     )
     mlp = DenseMLP(
         intermediate_size=config.integer("ffn_hidden_size", default=4 * hidden_size),
@@ -65,7 +65,6 @@ def spec(config: Config) -> ModelSpec:
             layer_norms=_norms(config, new=new),
         ),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )
 
 

@@ -41,5 +41,4 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.number("rms_norm_eps", default=1.5625e-07),
         names=Names(layer_norms=norms) if fourth else Names(),
         ignored_sources=decoder.layers_after(config, "num_nextn_predict_layers"),
-        verified_for_sharding=False,
     )

@@ -53,5 +53,4 @@ def spec(config: Config) -> ModelSpec:
         config,
         layers,
         ignored_sources=decoder.layers_after(config, "num_nextn_predict_layers"),
-        verified_for_sharding=False,
     )

@@ -86,5 +86,5 @@ def spec(config: Config) -> ModelSpec:
         ),
         every_stage_has_ends=not code,
         ignored_sources=(r"\.attn\.(bias|masked_bias)$", r"^transformer\.bias$"),
-        verified_for_sharding=False,
+        verified_for_sharding=not code,
     )

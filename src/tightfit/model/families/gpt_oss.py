@@ -53,6 +53,7 @@ def spec(config: Config) -> ModelSpec:
             down="experts.down_proj",
             stacked=True,
             transposed=True,
+            alternating=True,
             gate_up_bias="experts.gate_up_proj_bias",
             down_bias="experts.down_proj_bias",
         ),
@@ -64,4 +65,4 @@ def spec(config: Config) -> ModelSpec:
         window=config.integer("sliding_window", default=128),
         is_sliding=lambda i: i % 2 == 0,
     )
-    return decoder.model(config, layers, verified_for_sharding=False)
+    return decoder.model(config, layers)

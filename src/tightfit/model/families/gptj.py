@@ -66,5 +66,4 @@ def spec(config: Config) -> ModelSpec:
         ),
         ignored_sources=(r"\.attn\.(bias|masked_bias|embed_positions)$",),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )

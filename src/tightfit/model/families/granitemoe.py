@@ -38,7 +38,6 @@ def spec(config: Config) -> ModelSpec:
         embedding_scale=config.number("embedding_multiplier", default=1.0),
         residual_scale=config.number("residual_multiplier", default=1.0),
         logits_scale=1.0 / (config.number("logits_scaling", default=1.0) or 1.0),
-        verified_for_sharding=False,
     )
 
 

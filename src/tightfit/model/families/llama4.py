@@ -73,7 +73,7 @@ def spec(config: Config) -> ModelSpec:
     layers = decoder.mixed(
         config, mixers, dense=dense, sparse=experts, is_sparse=lambda i: sparse[i]
     )
-    return decoder.model(config, layers, verified_for_sharding=False)
+    return decoder.model(config, layers)
 
 
 def _roped(config: Config, count: int) -> list[bool]:

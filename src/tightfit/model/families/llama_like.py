@@ -24,11 +24,23 @@ ARCHITECTURES = (
     "HyperCLOVAXForCausalLM",
 )
 
+# Others are unknown to vLLM 0.32, or hold what is not described here.
+_VERIFIED = (
+    "SeedOssForCausalLM",
+    "SmolLM3ForCausalLM",
+    "ArceeForCausalLM",
+    "Ernie4_5ForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "HeliumForCausalLM",
+    "OlmoForCausalLM",
+    "CwmForCausalLM",
+)
+
 
 def spec(config: Config) -> ModelSpec:
     """Dispatch on the architecture."""
     architecture = config.strings("architectures")[0]
-    return replace(_SPECS[architecture](config), verified_for_sharding=False)
+    return replace(_SPECS[architecture](config), verified_for_sharding=architecture in _VERIFIED)
 
 
 def _interleaved(attention: Attention) -> Attention:

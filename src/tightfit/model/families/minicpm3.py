@@ -43,5 +43,4 @@ def spec(config: Config) -> ModelSpec:
         embedding_scale=config.number("scale_emb", default=12.0),
         residual_scale=config.number("scale_depth", default=1.4) / len(layers) ** 0.5,
         logits_scale=base / hidden_size,
-        verified_for_sharding=False,
     )

@@ -46,5 +46,5 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.number("norm_eps", "layer_norm_eps", default=1e-5),
         norm_bias=True,
         norm_unit_offset=not jais,
-        verified_for_sharding=False,
+        verified_for_sharding=not jais,
     )

@@ -27,5 +27,4 @@ def spec(config: Config) -> ModelSpec:
         config,
         decoder.uniform(config, attention, experts),
         norm_eps=config.number("rms_norm_eps", default=1e-5),
-        verified_for_sharding=False,
     )

@@ -73,7 +73,6 @@ def spec(config: Config) -> ModelSpec:
             *ends,
         ),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )
 
 

@@ -75,7 +75,6 @@ def spec(config: Config) -> ModelSpec:
         tuple(alike[pair] for pair in zip(kinds, mlps, strict=True)),
         norm_unit_offset=True,
         ignored_sources=(r"(^|\.)mtp\.",),
-        verified_for_sharding=False,
     )
 
 

@@ -37,5 +37,4 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.number("layer_norm_eps", default=1e-5),
         norm_bias=True,
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )

@@ -38,5 +38,4 @@ def spec(config: Config) -> ModelSpec:
         default_tied=True,
         norm_eps=config.number("norm_epsilon", default=1e-5),
         norm_bias=True,
-        verified_for_sharding=False,
     )
