@@ -1,6 +1,6 @@
 """Put a plan together: weights, the engine's own components, and the KV cache from what remains."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from tightfit.errors import UsageError
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import check_parallel, parameter_count
 from tightfit.model.spec import ModelSpec
+from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
 from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, ModelSummary, Plan
@@ -16,6 +17,7 @@ from tightfit.planner.pool import Fixed, Pool, all_fixed, pool_of
 from tightfit.planner.resolve import model_max_len
 from tightfit.planner.verdict import kv_plan, rank_plan, verdict_of
 from tightfit.planner.weights import checkpoint_bytes, weights_component
+from tightfit.units import format_bytes
 
 
 def engine(options: PlanOptions) -> Engine:
@@ -90,6 +92,8 @@ def make_plan(
         resolved, fixed, pool = attempt(max(longest, 1))
         fitted = Option(value=max(longest, 1), origin="fitted")
         resolved = replace(resolved, max_model_len=fitted)
+    host = _host(chosen, spec, resolved, fixed, pool, summary)
+    warnings = [*spec.notes, *([_MEASURED] if measured else []), *_crowded(options.device, host)]
     return Plan(
         model=summary,
         engine=chosen.name,
@@ -100,13 +104,29 @@ def make_plan(
         ranks=tuple(rank_plan(one, pool, resolved, chosen) for one in fixed),
         kv_cache=kv_plan(pool, resolved),
         verdict=verdict_of(pool, chosen, resolved.max_model_len.value, longest),
-        host=_host(chosen, spec, resolved, fixed, pool, summary),
+        host=host,
         not_modelled=chosen.not_modelled,
-        warnings=(*spec.notes, *((_MEASURED,) if measured else ())),
+        warnings=tuple(warnings),
     )
 
 
 _MEASURED = "corrected by your own start-up of this model, version, device and layout"
+
+
+def _crowded(device: Device | None, host: Sequence[Component]) -> list[str]:
+    """On CPUs every rank takes its share of a node; ranks on one node would take it together."""
+    if device is None or device.kind != "cpu" or not host:
+        return []
+    from tightfit.planner.host import needed_bytes
+
+    needed = needed_bytes(host)
+    if needed <= device.total_bytes:
+        return []
+    return [
+        f"all processes need {format_bytes(needed)}, and one node has "
+        f"{format_bytes(device.total_bytes)}: give every rank a node of its own, or set "
+        "--kv-cache-memory-bytes"
+    ]
 
 
 def _host(

@@ -25,8 +25,7 @@ _UNSHARED = 10 * MiB
 def after_load(setting: Setting) -> Component:
     """Rope tables, and what the allocator loses by whole segments; vLLM logs both as weights."""
     tables = [
-        _table_rows(rope) * rope.rotary_dim * setting.element_bytes
-        for rope in ropes(setting.layers)
+        rope_rows(rope) * rope.rotary_dim * setting.element_bytes for rope in ropes(setting.layers)
     ]
     sizes = setting.tensor_sizes()
     lost = sum(
@@ -85,7 +84,7 @@ def _absorbed(setting: Setting) -> int:
     return elements * setting.element_bytes
 
 
-def _table_rows(rope: Rope) -> int:
+def rope_rows(rope: Rope) -> int:
     """Positions in a table; yarn and longrope start from the unscaled context."""
     scaling = rope.scaling or {}
     kind, rows = scaling.get("rope_type"), rope.max_position_embeddings

@@ -18,8 +18,7 @@ from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec, ropes
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.vllm import VLLM
-from tightfit.planner.engines.vllm_buffers import _table_rows as rope_rows
-from tightfit.planner.engines.vllm_buffers import persistent_buffers
+from tightfit.planner.engines.vllm_buffers import persistent_buffers, rope_rows
 from tightfit.planner.engines.vllm_host import (
     BASELINE_PROVENANCE,
     LIBRARY_BYTES,
