@@ -25,7 +25,7 @@ def components(setting: Setting) -> tuple[Component, ...]:
     if captured is not None:
         found.append(captured)
     found += [_non_torch(setting), _context(setting)]
-    if setting.rank.parallel.world_size > 1:
+    if setting.talks:
         found.append(_nccl(setting))
     found.append(_cache(setting))
     return tuple(found)
@@ -42,7 +42,7 @@ def _non_torch(setting: Setting) -> Component:
     alone = int(data["non_torch_bytes"][key])
     formula = f"{alone} measured for kernels loaded by runner {setting.runner}"
     several = 0
-    if setting.rank.parallel.world_size > 1:
+    if setting.talks:
         several = int(data["tensor_parallel"][_topology(setting)]["non_torch_bytes"])
         formula += f" + {several} measured for NCCL's growth with two ranks"
     slack = int(data["allocator_slack_bytes"]) if setting.rules.charges_buffers else 0

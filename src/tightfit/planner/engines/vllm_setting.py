@@ -49,6 +49,12 @@ class Setting:
         return self.rank.parallel.tensor_parallel_size
 
     @property
+    def talks(self) -> bool:
+        """Whether NCCL connects the rank with others, of its replica or of others."""
+        parallel = self.rank.parallel
+        return parallel.world_size > 1 or (parallel.data_parallel_size > 1 and self.has_experts)
+
+    @property
     def first_stage(self) -> bool:
         """Whether the rank holds the embedding."""
         return self.rank.pp_rank == 0
