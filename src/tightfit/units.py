@@ -1,5 +1,6 @@
 """Bytes and tensor dtypes: sizes are `int` bytes everywhere, and GiB (2**30) only at the edge."""
 
+import math
 import re
 
 from tightfit.errors import UsageError
@@ -70,13 +71,15 @@ def parse_bytes(text: str) -> int:
         UsageError: the text is not a size.
     """
     match = _SIZE.fullmatch(text)
-    if match is None:
+    size = math.inf
+    if match is not None:
+        unit = (match[2] or "").lower()
+        size = float(match[1]) * (1024 if "i" in unit else 1000) ** _POWERS[unit[:1]]
+    if not math.isfinite(size):
         raise UsageError(
             f"{text!r} is not a size", hint="write it as 24GiB, 5GB (= 5e9 bytes) or plain bytes"
         )
-    number, unit = float(match[1]), (match[2] or "").lower()
-    base = 1024 if "i" in unit else 1000
-    return int(number * base ** _POWERS[unit[:1]])
+    return int(size)
 
 
 def parse_tokens(text: str) -> int:
@@ -87,8 +90,8 @@ def parse_tokens(text: str) -> int:
     """
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgKMG]?)", text.strip())
     scale = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": KiB, "M": MiB, "G": GiB}
-    value = float(match[1]) * scale[match[2]] if match else 0.5
-    if value != int(value):
+    value = float(match[1]) * scale[match[2]] if match else math.nan
+    if not value.is_integer():
         raise UsageError(
             f"{text!r} is not a number of tokens", hint="write it as 8192, 8k (8,000) or 8K (8,192)"
         )

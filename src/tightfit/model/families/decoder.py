@@ -16,6 +16,7 @@ from tightfit.model.config import Config
 from tightfit.model.spec import Layer, ModelSpec
 
 MOST_EXPERTS = 10_000
+MOST_LAYERS = 1000
 """More than any model has; bounded because every expert is a tensor of its own."""
 _MROPE_POSITIONS = 4
 """vLLM's table of a rope for images is so many times as long, for long videos (`mrope.py`)."""
@@ -202,7 +203,7 @@ def layers_after(config: Config, *keys: str) -> tuple[str, ...]:
 def num_layers(config: Config) -> int:
     """Decoder layers, bounded so that a corrupt config cannot exhaust memory."""
     count = config.integer("num_hidden_layers")
-    if count > 10_000:
+    if count > MOST_LAYERS:
         raise ConfigError(
             f"{config.name} has num_hidden_layers = {count}, more than any model has",
             hint="correct the config.json",

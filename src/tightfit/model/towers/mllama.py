@@ -88,7 +88,8 @@ def mllama_tower(config: Config, text_hidden_size: int) -> Tower:
         intermediate_size=vision.integer("intermediate_size"),
         num_heads=heads,
         head_dim=hidden // heads,
-        num_layers=vision.integer("num_hidden_layers") + vision.integer("num_global_layers"),
+        num_layers=vision.integer("num_hidden_layers", maximum=1000)
+        + vision.integer("num_global_layers", maximum=1000),
         output_size=text_hidden_size,
     )
 

@@ -129,7 +129,10 @@ def muse_tower(config: Config, text_hidden_size: int) -> Tower:
             f"num_attention_heads = {heads}",
             hint="correct the config.json",
         )
-    width, count = vision.integer("intermediate_size"), vision.integer("num_hidden_layers")
+    width, count = (
+        vision.integer("intermediate_size"),
+        vision.integer("num_hidden_layers", maximum=1000),
+    )
     layers = VisionLayers(
         prefix="model.vision_tower.layers",
         num_layers=count,
