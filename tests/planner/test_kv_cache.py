@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from support.configs import read_config, read_spec
 from tightfit.model.families import model_spec
-from tightfit.model.layout import Parallel, Rank
+from tightfit.model.layout import Parallel, Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.engines.vllm import VLLM
 from tightfit.planner.kv_cache import KVLayout, LayerKind, kv_layout
@@ -77,11 +77,63 @@ def test_hybrid_groups() -> None:
     assert layout.minimum_bytes(131_072) == (10 * 131_072 + 52 * 1024) * page_bytes // 16
 
 
-def test_in_flight_steps_grow_with_the_pipeline() -> None:
-    layout = layout_of(
-        gemma_like(), PlanOptions(max_num_batched_tokens=8192, pipeline_parallel_size=2)
-    )
-    assert layout.in_flight_tokens == 3 * 8192
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({}, 3), ({"use_v2_model_runner": False}, 2), ({"async_scheduling": False}, 2)],
+)
+def test_in_flight_steps_grow_with_the_pipeline(changes: dict[str, bool], steps: int) -> None:
+    options = PlanOptions(max_num_batched_tokens=8192, pipeline_parallel_size=2, **changes)  # type: ignore[arg-type]
+    assert layout_of(gemma_like(), options).in_flight_tokens == steps * 8192
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "groups", "pages"),
+    [
+        (62, 6, 7, (3, 4, 3)),
+        (62, 6, 7, (3, 3, 3, 3)),
+        (24, 2, 2, (3, 3, 3, 3, 2)),
+        (48, 6, 6, (2, 2, 2, 2, 2)),
+        (34, 6, 7, (1,) * 8),
+    ],
+)
+def test_stages_share_the_groups_of_the_model(
+    layers: int, pattern: int, groups: int, pages: tuple[int, ...]
+) -> None:
+    """Pages of a block as vLLM 0.32's own `_project_kv_cache_groups_to_worker` leaves them."""
+    full, sliding = LayerKind(token_bytes=4), LayerKind(token_bytes=4, window=64)
+    kinds = [sliding if (i + 1) % pattern else full for i in range(layers)]
+    stages = [
+        Counter(kinds[i] for i in pipeline_layers(layers, len(pages), stage))
+        for stage in range(len(pages))
+    ]
+    found = [
+        kv_layout(stages[stage], stages=stages, stage=stage, block_size=16)
+        for stage in range(len(pages))
+    ]
+    assert {len(layout.groups) for layout in found} == {groups}
+    assert tuple(layout.bytes_per_block // (16 * 4) for layout in found) == pages
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("int8_per_token_head", 576 + 8), ("int4_per_token_head", 288 + 8), ("bfloat16", 1152)],
+)
+def test_scales_of_latents_are_a_pair(dtype: str, size: int) -> None:
+    """`MLACommonBackend.customize_spec`: two scales, although there is one side."""
+    layout = layout_of(read_spec("DeepSeek-V2-Lite"), PlanOptions(kv_cache_dtype=dtype))
+    assert {kind.token_bytes for kind in layout.groups} == {size}
+
+
+@pytest.mark.parametrize(("version", "multiple"), [("0.32.0", 128), ("0.25.1", 16)])
+def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
+    """They grow in whole steps until a page holds a state (`_align_hybrid_block_size`)."""
+    spec = read_spec("Kimi-Linear-48B-A3B-Instruct")
+    engine = VLLM(version=version)
+    options = PlanOptions()
+    layout = engine.kv_layout(spec, Rank(), engine.resolve(spec, options))
+    state = max(kind.state_bytes for kind in layout.groups)
+    assert layout.block_size % multiple == 0
+    assert (layout.block_size - multiple) * 1152 < state <= layout.block_size * 1152
 
 
 def kinds(**counts: int) -> Counter[LayerKind]:

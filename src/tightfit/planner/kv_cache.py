@@ -4,13 +4,13 @@ vLLM gives every layer a page of `block_size` tokens and draws all pages from on
 (`v1/core/kv_cache_utils.py: get_kv_cache_groups`). Layers of one kind form groups of equal size, so
 that a block of the pool holds one page of each layer of any group. A sequence then needs blocks per
 group: all its tokens in a full group, the window plus what is in flight in a sliding one, and a
-fixed number of states in a recurrent one.
+fixed number of states in a recurrent one. Pipeline stages share the groups of the whole model, and
+hold their own layers of each.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
 
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.cache import Cache, CacheKind, State, StateCache, TokenCache
@@ -156,7 +156,8 @@ class CacheDtypes:
 
 
 _PER_HEAD_SCALES = 8
-"""Two float32 scales for each KV head and token (vLLM's `*_per_token_head`)."""
+"""Two float32 scales for each KV head and token, also where keys serve as values
+(`TritonAttentionBackend.customize_spec`, `MLACommonBackend.customize_spec`)."""
 _MLA_ROWS: Mapping[str, int] = {"fp8_ds_mla": 656, "nvfp4_ds_mla": 352}
 """Bytes of a token in the packed rows of DeepSeek V3.2, whatever the sizes in its config."""
 
@@ -168,11 +169,10 @@ def token_bytes(cache: TokenCache, dtype: str) -> int:
     if dtype in _MLA_ROWS:
         return _MLA_ROWS[dtype] * cache.slots
     both = cache.key_size + cache.value_size
-    sides = 1 if cache.value_size == 0 else 2
     if dtype in ("int8_per_token_head", "fp8_per_token_head"):
-        return cache.slots * (both + _PER_HEAD_SCALES // 2 * sides)
+        return cache.slots * (both + _PER_HEAD_SCALES)
     if dtype == "int4_per_token_head":
-        return cache.slots * (both // 2 + _PER_HEAD_SCALES // 2 * sides)
+        return cache.slots * (both // 2 + _PER_HEAD_SCALES)
     if dtype == "nvfp4":
         return cache.slots * (both // 2 + both // 16)
     return cache.slots * both * DTYPE_BITS[dtype] // 8
@@ -217,6 +217,9 @@ def kv_layout(
     encoder_tokens: int = 0,
     padding_ratio: float = 1.5,
     context_parallel_size: int = 1,
+    latent_multiple: int = 1,
+    stages: Sequence[Counter[LayerKind]] = (),
+    stage: int = 0,
 ) -> KVLayout:
     """Group the layers as vLLM does.
 
@@ -229,17 +232,24 @@ def kv_layout(
         padding_ratio: groups are as large as the most frequent kind if that has less than so many
             times the layers of the rarest; else as the rarest, and padded.
         context_parallel_size: see `KVLayout`.
+        latent_multiple: of its tokens, a block of latent attention that grows holds a multiple.
+        stages: the kinds of all pipeline stages, where there are several.
+        stage: which of them the rank is in.
+
+    Raises:
+        UnsupportedModelError: no layer of the rank keeps anything.
     """
     if not kinds:
         raise UnsupportedModelError("a model whose layers keep nothing has no KV cache to plan")
-    block_size = enlarged(kinds, block_size)
-    layers = tuple(kinds.items())
-    groups, page_bytes, size = _groups(kinds, block_size, padding_ratio)
+    stages = stages or (kinds,)
+    every = sum(stages, Counter())
+    block_size = enlarged(every, block_size, latent_multiple)
+    groups, block_bytes = _groups(stages, stage, block_size, padding_ratio)
     return KVLayout(
         block_size=block_size,
-        bytes_per_block=size * page_bytes,
+        bytes_per_block=block_bytes,
         groups=groups,
-        layers=layers,
+        layers=tuple(kinds.items()),
         in_flight_tokens=in_flight_tokens,
         state_blocks=state_blocks,
         encoder_tokens=encoder_tokens,
@@ -247,7 +257,7 @@ def kv_layout(
     )
 
 
-def enlarged(kinds: Counter[LayerKind], block_size: int) -> int:
+def enlarged(kinds: Counter[LayerKind], block_size: int, latent_multiple: int = 1) -> int:
     """The block size at which a page of attention holds a recurrent state.
 
     (`platforms/interface.py: update_block_size_for_backend`; a multiple of the kernel's blocks.)
@@ -256,26 +266,31 @@ def enlarged(kinds: Counter[LayerKind], block_size: int) -> int:
     tokens = max((kind.token_bytes for kind in kinds), default=0)
     if not states or not tokens:
         return block_size
-    return max(block_size, block_size * cdiv(states, block_size * tokens))
+    if any(kind.kind == CacheKind.LATENT.value for kind in kinds):
+        block_size = max(block_size, latent_multiple)
+    return block_size * cdiv(states, block_size * tokens)
 
 
 def _groups(
-    kinds: Counter[LayerKind], block_size: int, padding_ratio: float
-) -> tuple[tuple[LayerKind, ...], int, int]:
-    """The groups, the bytes of a page, and the pages of a block."""
+    stages: Sequence[Counter[LayerKind]], stage: int, block_size: int, padding_ratio: float
+) -> tuple[tuple[LayerKind, ...], int]:
+    """The groups of the whole model, and the bytes of a block in one stage."""
+    kinds, here = sum(stages, Counter()), stages[stage]
     pages = {kind: kind.state_bytes or block_size * kind.token_bytes for kind in kinds}
     if len({(kind.window, kind.chunk, kind.is_state, kind.kind == "cross") for kind in kinds}) == 1:
         # All need slots for the same tokens: one group, whose layers have pages of their own sizes.
         first = max(kinds, key=lambda kind: pages[kind])
-        return (first,), sum(pages[kind] * count for kind, count in kinds.items()), 1
-    largest = max(pages.values())
-    unified: Counter[LayerKind] = Counter()
+        return (first,), sum(pages[kind] * count for kind, count in here.items())
+    page, counts = max(pages.values()), kinds.values()
+    size = max(counts) if max(counts) < padding_ratio * min(counts) else min(counts)
+    groups: list[LayerKind] = []
+    most = 0
     for kind, count in kinds.items():
         # Smaller pages take more tokens where that fills them exactly; others are padded.
-        ratio = 1 if kind.is_state or largest % pages[kind] else largest // pages[kind]
-        grown = kind if ratio == 1 else replace(kind, block_size=block_size * ratio)
-        unified[grown] += count
-    counts = unified.values()
-    size = max(counts) if max(counts) < padding_ratio * min(counts) else min(counts)
-    groups = [kind for kind, count in unified.items() for _ in range(ceil(count / size))]
-    return tuple(groups), largest, size
+        ratio = 1 if kind.is_state or page % pages[kind] else page // pages[kind]
+        several = cdiv(count, size)
+        groups += [kind if ratio == 1 else replace(kind, block_size=block_size * ratio)] * several
+        # Layers are dealt to the groups of their kind in turn: of a run of them, the first group
+        # that the run reaches gets the most.
+        most = max(most, cdiv(here[kind], several))
+    return tuple(groups), most * page

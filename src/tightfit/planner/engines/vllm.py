@@ -6,6 +6,7 @@ and messages), `config/vllm.py: max_in_flight_tokens`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError, UsageError
@@ -224,23 +225,41 @@ class VLLM(Engine):
         )
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
-        """Hybrid groups; with asynchronous scheduling pp+1 steps are in flight."""
+        """Hybrid groups, of the whole model; see `_steps` for what is in flight."""
         asked, rules = resolved.asked, self.rules
         windows = rules.hybrid_groups and not asked.disable_hybrid_kv_cache_manager
         dtypes = _cache_dtypes(resolved)
-        overlap = resolved.async_scheduling is not None and resolved.async_scheduling.value
-        steps = rank.parallel.pipeline_parallel_size + overlap if rules.steps_in_flight else 1
+        stages = [
+            layer_kinds(spec, replace(rank, pp_rank=stage), dtypes, windows=windows)
+            for stage in range(rank.parallel.pipeline_parallel_size)
+        ]
         tokens = resolved.max_num_batched_tokens.value
         caching = resolved.enable_prefix_caching
         return kv_layout(
-            layer_kinds(spec, rank, dtypes, windows=windows),
+            stages[rank.pp_rank],
+            stages=stages,
+            stage=rank.pp_rank,
             block_size=resolved.block_size.value,
-            in_flight_tokens=steps * tokens,
+            latent_multiple=rules.latent_multiple,
+            in_flight_tokens=self._steps(rank.parallel, resolved) * tokens,
             state_blocks=2 if rules.hybrid_prefix_caching and caching and caching.value else 1,
             encoder_tokens=max(spec.encoder_tokens, tokens) if spec.encoder_tokens else 0,
             padding_ratio=rules.padding_ratio,
             context_parallel_size=asked.decode_context_parallel_size,
         )
+
+    def _steps(self, parallel: Parallel, resolved: Resolved) -> int:
+        """Steps whose tokens a window holds (`config/vllm.py: max_concurrent_batches`).
+
+        One for each stage; asynchronous scheduling adds one, unless the V1 runner has stages.
+        """
+        if not self.rules.steps_in_flight:
+            return 1
+        stages, overlap = parallel.pipeline_parallel_size, resolved.async_scheduling
+        old = resolved.model_runner is not None and resolved.model_runner.value == "v1"
+        if overlap is None or not overlap.value or (old and stages > 1):
+            return stages
+        return stages + 1
 
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """`v1/worker/utils.py: request_memory`."""

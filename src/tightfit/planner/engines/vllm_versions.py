@@ -91,6 +91,8 @@ class Rules:
     """Sliding layers have groups of their own; else they keep all tokens."""
     padding_ratio: float
     """See `kv_cache.kv_layout`."""
+    latent_multiple: int
+    """Beside recurrent layers, a block of latent attention is a multiple of so many tokens."""
     copies_absorbed: bool
     """Latent attention copies what it absorbs of kv_b_proj, also where a view would do."""
     tokens_from_concurrency: bool
@@ -134,6 +136,7 @@ _0_8_5 = Rules(
     null_block=0,
     hybrid_groups=False,
     padding_ratio=1.0,
+    latent_multiple=1,
     copies_absorbed=False,
     tokens_from_concurrency=False,
     hybrid_prefix_caching=False,
@@ -176,13 +179,13 @@ _0_27_1 = replace(
     charge=Charge.FREE_MEMORY,
     v2_profiles_encoder=True,
     v2_offloads=True,
-    large_server_tokens=8192,
     steps_in_flight=True,
     hybrid_prefix_caching=True,
 )
 _0_32_0 = replace(
     _0_27_1,
     version="0.32.0",
+    latent_multiple=128,
     copies_absorbed=True,
     v2_measures_graphs=True,
     v2_for="all",
