@@ -46,7 +46,7 @@ _RULES = (
 """(regular expression, replacement) of names in which the numbers of layers and experts are `#`,
 applied in this order in every combination: a result counts only if the model lacks that name."""
 
-_NUMBER = re.compile(r"\b(layers|blocks|experts|h)\.(\d+)(?=\.)")
+_NUMBER = re.compile(r"\b(layers?|blocks|experts|h)\.(\d+)(?=\.)")
 _MOST_TEMPLATES = 1_000
 """No model has as many names that differ by more than numbers; damaged headers may."""
 _EXPERTS = re.compile(r"(.*\.experts)\.(w13|w2)_(?:weight|(bias))(.*)")
