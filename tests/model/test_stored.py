@@ -37,6 +37,7 @@ MIXTRAL_EXPERTS = {
 }
 NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
 UNTIED, TIED = {NORM, EMBEDDING, HEAD}, {NORM, HEAD}
+GPT_OSS = {NORM, "model.embedding.weight", HEAD}
 
 EXPECTED = {
     "llama": (PLAIN, UNTIED),
@@ -95,18 +96,21 @@ def test_a_dense_layer_among_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "first", "last"),
+    ("model", "first", "middle", "last"),
     [
-        ("Llama-3.1-8B", {EMBEDDING}, {NORM, HEAD}),
-        ("SmolLM2-135M", {EMBEDDING}, {NORM, HEAD}),
-        ("gemma-2-2b-it", {EMBEDDING}, {NORM, EMBEDDING}),
+        ("Llama-3.1-8B", {EMBEDDING}, set(), {NORM, HEAD}),
+        ("SmolLM2-135M", {EMBEDDING}, set(), {NORM, HEAD}),
+        ("gemma-2-2b-it", {EMBEDDING, NORM}, {NORM}, {NORM, EMBEDDING}),
+        ("Mixtral-8x7B-v0.1", UNTIED, UNTIED, UNTIED),
+        ("gpt-oss-20b-BF16", GPT_OSS, GPT_OSS, GPT_OSS),
+        ("Qwen3-Next-80B-A3B-Thinking", {EMBEDDING, HEAD}, {EMBEDDING, HEAD}, UNTIED),
     ],
 )
-def test_ends_of_a_pipeline(model: str, first: set[str], last: set[str]) -> None:
+def test_ends_of_a_pipeline(model: str, first: set[str], middle: set[str], last: set[str]) -> None:
     spec = read_spec(model)
     stages = Parallel(pipeline_parallel_size=3).ranks()
     outer = [{n for n in names(spec, rank) if not n.startswith("model.layers.")} for rank in stages]
-    assert outer == [first, set(), last]
+    assert outer == [first, middle, last]
 
 
 def test_constants_are_ones_that_no_parameter_backs() -> None:

@@ -138,7 +138,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size_mlp": 256,
             "intermediate_size": 64,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 64,
+            "attention_chunk_size": 128,
             "num_hidden_layers": 4,
         },
     ),

@@ -14,6 +14,7 @@ def write_shards(
     out: Path,
     tensor_parallel_size: int,
     *,
+    pipeline_parallel_size: int = 1,
     layout: str = DEFAULT_LAYOUT,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Manifest:
@@ -21,6 +22,7 @@ def write_shards(
         open_checkpoint(str(model)),
         stored_layout(layout),
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
         max_shard_bytes=max_shard_bytes,
     )
     return shard(job, out, NoProgress())

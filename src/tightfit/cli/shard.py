@@ -7,6 +7,7 @@ import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli import options as o
+from tightfit.cli.options.layout import PipelineParallelSize
 from tightfit.cli.output import console, guarded, print_json, progress
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
@@ -20,6 +21,7 @@ def shard(
     model: o.Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
     tensor_parallel_size: o.TensorParallelSize = 1,
+    pipeline_parallel_size: PipelineParallelSize = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -43,13 +45,20 @@ def shard(
         raise UsageError(
             f"--tensor-parallel-size {tensor_parallel_size} is out of range", hint="at least 1"
         )
+    stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
+    if not 1 <= stages <= 1024:
+        raise UsageError(f"--pipeline-parallel-size {stages} is out of range", hint="at least 1")
     size = parse_bytes(max_shard_size)
     if size < MiB:
         raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
     chosen = stored_layout(layout)
     checkpoint = open_checkpoint(model, revision=revision, download=not dry_run)
     job = prepare(
-        checkpoint, chosen, tensor_parallel_size=tensor_parallel_size, max_shard_bytes=size
+        checkpoint,
+        chosen,
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=stages,
+        max_shard_bytes=size,
     )
     if not dry_run:
         with progress(quiet=quiet) as bars:
@@ -68,6 +77,7 @@ def _document(job: ShardJob, out: Path, dry_run: bool) -> dict[str, Any]:
         "written": not dry_run,
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
         "total_bytes": job.output_bytes,
         "files": [
             {
@@ -101,5 +111,8 @@ def _show(job: ShardJob, out: Path, dry_run: bool) -> None:
     page.print(table)
     page.print(Text(summary))
     if job.layout.name.startswith("vllm") and not dry_run:
-        flags = f"--load-format sharded_state --tensor-parallel-size {ranks}"
+        stages = job.parallel.pipeline_parallel_size
+        flags = "--load-format sharded_state"
+        flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
+        flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
         page.print(Text(f"next: vllm serve {out} {flags}"))

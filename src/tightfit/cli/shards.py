@@ -14,7 +14,8 @@ def read_shards(model: str) -> "Manifest | None":
         VerificationError: there are rank files, but no readable manifest.
     """
     directory = Path(model)
-    if not directory.is_dir() or not list(directory.glob("model-rank-*-part-*.safetensors")):
+    patterns = ("model-rank-*-part-*.safetensors", "model-pp-*-tp-*-part-*.safetensors")
+    if not directory.is_dir() or not any(list(directory.glob(pattern)) for pattern in patterns):
         return None
     from tightfit.sharding.manifest import read_manifest
 

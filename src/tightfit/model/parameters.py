@@ -165,7 +165,11 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
         for name in layer_norms(spec, layer):
             yield from norm(f"{place.prefix}.{name}", spec.hidden_size, i, bias=spec.norm_bias)
     if names.norm is not None:
-        yield from norm(names.norm, spec.hidden_size, end(Stage.LAST), bias=spec.norm_bias)
+        everywhere = spec.every_stage_has_norm
+        where = end(Stage.LAST)
+        if everywhere is not None:
+            where = Stage.EVERY if everywhere else Stage.LAST
+        yield from norm(names.norm, spec.hidden_size, where, bias=spec.norm_bias)
     if not tied:
         yield table(names.head, Stage.LAST)
     if spec.head_bias and not spec.pooling:

@@ -61,6 +61,7 @@ def prepare(
     layout: StoredLayout,
     *,
     tensor_parallel_size: int,
+    pipeline_parallel_size: int = 1,
     max_shard_bytes: int,
 ) -> ShardJob:
     """Decide what goes where.
@@ -84,7 +85,11 @@ def prepare(
             f"{checkpoint.name} is quantized, and sharding quantized checkpoints is not supported",
             hint="shard the unquantized model",
         )
-    parallel = Parallel(tensor_parallel_size=tensor_parallel_size, uneven=layout.uneven)
+    parallel = Parallel(
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        uneven=layout.uneven,
+    )
     try:
         check_parallel(spec, parallel)
     except LayoutError as error:

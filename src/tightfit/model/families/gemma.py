@@ -66,6 +66,7 @@ def spec(config: Config) -> ModelSpec:
         norm_style=NormStyle.SANDWICH,
         norm_unit_offset=True,
         has_lm_head_module=third,
+        every_stage_has_norm=None if third else True,
         embedding_scale=math.sqrt(hidden_size),
         logits_softcap=None
         if caps is None

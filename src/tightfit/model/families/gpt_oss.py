@@ -65,4 +65,4 @@ def spec(config: Config) -> ModelSpec:
         window=config.integer("sliding_window", default=128),
         is_sliding=lambda i: i % 2 == 0,
     )
-    return decoder.model(config, layers)
+    return decoder.model(config, layers, every_stage_has_ends=True)

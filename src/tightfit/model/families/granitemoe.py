@@ -36,6 +36,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         (layer,) * decoder.num_layers(config),
         embedding_scale=config.number("embedding_multiplier", default=1.0),
+        every_stage_has_ends=True,
         residual_scale=config.number("residual_multiplier", default=1.0),
         logits_scale=1.0 / (config.number("logits_scaling", default=1.0) or 1.0),
     )

@@ -67,6 +67,7 @@ def spec(config: Config) -> ModelSpec:
         names=Names(
             norm="model.final_layernorm", layer_norms=("input_layernorm", "pre_ff_layernorm")
         ),
+        every_stage_has_ends=True,
         verified_for_sharding=False,
     )
 

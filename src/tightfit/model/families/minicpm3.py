@@ -39,6 +39,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         layers,
         default_tied=True,
+        every_stage_has_ends=True,
         norm_eps=config.number("rms_norm_eps", default=1e-5),
         embedding_scale=config.number("scale_emb", default=12.0),
         residual_scale=config.number("scale_depth", default=1.4) / len(layers) ** 0.5,

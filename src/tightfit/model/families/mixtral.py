@@ -28,4 +28,9 @@ def spec(config: Config) -> ModelSpec:
         ),
     )
     layers = decoder.uniform(config, attention, experts)
-    return decoder.model(config, layers, norm_eps=config.number("rms_norm_eps", default=1e-5))
+    return decoder.model(
+        config,
+        layers,
+        norm_eps=config.number("rms_norm_eps", default=1e-5),
+        every_stage_has_ends=True,
+    )

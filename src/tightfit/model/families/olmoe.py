@@ -26,5 +26,6 @@ def spec(config: Config) -> ModelSpec:
     return decoder.model(
         config,
         decoder.uniform(config, attention, experts),
+        every_stage_has_ends=True,
         norm_eps=config.number("rms_norm_eps", default=1e-5),
     )

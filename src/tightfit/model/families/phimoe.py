@@ -39,5 +39,5 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.number("rms_norm_eps", default=1e-5),
         norm_bias=True,
         head_bias=config.boolean("lm_head_bias"),
-        verified_for_sharding=False,
+        every_stage_has_ends=True,
     )

@@ -40,4 +40,4 @@ def spec(config: Config) -> ModelSpec:
         sparse=experts,
         is_sparse=lambda i: i not in dense_layers and (i + 1) % step == 0,
     )
-    return decoder.model(config, layers)
+    return decoder.model(config, layers, every_stage_has_ends=True)

@@ -74,6 +74,9 @@ def spec(config: Config) -> ModelSpec:
         config,
         tuple(alike[pair] for pair in zip(kinds, mlps, strict=True)),
         norm_unit_offset=True,
+        every_stage_has_ends=True,
+        every_stage_has_norm=False,
+        verified_for_sharding=architecture == "Qwen3NextForCausalLM",
         ignored_sources=(r"(^|\.)mtp\.",),
     )
 
