@@ -144,6 +144,18 @@ def test_experts() -> None:
     assert all(c.name != "moe_workspace" for c in plan().ranks[0].components)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_of_replicas_see_the_tokens_of_all(whole: bool) -> None:
+    """Mixtral's experts are cut for 2 ranks, or dealt; both gather 2 x M tokens before."""
+    rank = plan("Mixtral-8x7B-v0.1", data_parallel_size=2, enable_expert_parallel=whole).ranks[0]
+    inner = 14336 if whole else 7168
+    elements = 2 * 16384 * 2 * (max(inner, 4096) + 2 * inner)
+    assert size(rank, "moe_workspace") == elements * 2 / MiB
+    assert size(rank, "nccl") > 0
+    alone = plan(data_parallel_size=2).ranks[0]
+    assert all(component.name != "nccl" for component in alone.components)
+
+
 def test_ranks_talk() -> None:
     several = plan(tensor_parallel_size=2).ranks[0]
     assert size(several, "nccl") > 500

@@ -117,6 +117,14 @@ class Setting:
         return layer.mlp.intermediate_size // self.tensor_parallel_size
 
     @property
+    def expert_tokens(self) -> int:
+        """Tokens of a step that a rank's experts see: those of all replicas, gathered.
+
+        (`distributed/device_communicators/all2all.py: AgRsAll2AllManager`, the default.)
+        """
+        return self.max_num_batched_tokens * self.rank.parallel.data_parallel_size
+
+    @property
     def times_kernels(self) -> bool:
         """Whether the profile run compiles, and times what it compiles."""
         timed = self.rules.times_kernels and not self.options.warm_compile_cache

@@ -6,6 +6,8 @@ M is max_num_batched_tokens, N max_num_seqs, H the hidden size, Q and KV the fea
 query and KV heads, I its share of the inner size, V the padded vocabulary, b bytes of an element.
 """
 
+from collections.abc import Iterator
+
 from tightfit.model.blocks.attention import Attention
 from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
@@ -65,7 +67,7 @@ def step_components(setting: Setting) -> list[Component]:
             )
         )
     if workspace:
-        components.append(_workspace_component(setting, workspace))
+        components.append(_workspace_component(setting))
     return components
 
 
@@ -84,35 +86,41 @@ def _cublas_workspace(setting: Setting) -> int:
     return CUBLAS_WORKSPACE if setting.is_recent else CUBLAS_WORKSPACE // 4
 
 
-def _workspace_component(setting: Setting, workspace: int) -> Component:
-    moe = next(layer for layer in setting.layers if isinstance(layer.mlp, MoE))
-    assert isinstance(moe.mlp, MoE)
-    width = moe.mlp.latent_size or setting.spec.hidden_size
+def _workspace_component(setting: Setting) -> Component:
+    size, formula = max(_workspaces(setting))
     return Component(
         name="moe_workspace",
-        planned_bytes=workspace,
+        planned_bytes=size,
         origin="derived",
-        formula=f"M x top_k x (max(I, H) + max(2I, H)) x b = "
-        f"{setting.max_num_batched_tokens} x {moe.mlp.top_k} x "
-        f"(max({setting.inner(moe)}, {width}) + max({2 * setting.inner(moe)}, {width})) x "
-        f"{setting.element_bytes}, kept from the profile run on",
+        formula=f"{formula}, kept from the profile run on",
     )
 
 
 def moe_workspace(setting: Setting) -> int:
+    """Bytes of the buffers that experts work in, of the layer that needs most."""
+    return max((size for size, _ in _workspaces(setting)), default=0)
+
+
+def _workspaces(setting: Setting) -> Iterator[tuple[int, str]]:
     """`layers/fused_moe/modular_kernel.py`: two buffers for all chosen experts of all tokens.
 
+    Data parallel replicas gather their tokens first, whether experts are dealt whole or not.
     gpt-oss has kernels of its own (`experts/gpt_oss_triton_kernels_moe.py`), which need none.
     """
-    found = 0
+    if setting.spec.architecture == "GptOssForCausalLM":
+        return
+    tokens, b = setting.expert_tokens, setting.element_bytes
     for layer in setting.kinds:
-        if isinstance(layer.mlp, MoE) and setting.spec.architecture != "GptOssForCausalLM":
-            hidden, inner = layer.mlp.latent_size or setting.spec.hidden_size, setting.inner(layer)
-            rows = setting.max_num_batched_tokens * layer.mlp.top_k
-            made = 2 * inner if layer.mlp.gated else inner
-            pair = rows * (max(inner, hidden) + max(made, hidden))
-            found = max(found, pair * setting.element_bytes)
-    return found
+        if isinstance(layer.mlp, MoE):
+            width, inner = layer.mlp.latent_size or setting.spec.hidden_size, setting.inner(layer)
+            times = 2 if layer.mlp.gated else 1
+            columns = max(inner, width) + max(times * inner, width)
+            yield (
+                tokens * layer.mlp.top_k * columns * b,
+                f"tokens x top_k x (max(I, H) + max({times}I, H)) x b = {tokens} x "
+                f"{layer.mlp.top_k} x (max({inner}, {width}) + max({times * inner}, {width})) x "
+                f"{b}",
+            )
 
 
 def step_bytes(setting: Setting) -> tuple[int, int]:
@@ -169,6 +177,10 @@ def _layer_peak(setting: Setting, layer: Layer) -> Stages:
             q, kv = mixer_widths(mixer, setting.rank)
             name = f"attention (3H + 3Q + 3KV) x M x b with Q = {q}, KV = {kv}"
             stages[name] = 3 * hidden + 3 * tokens * (q + kv) * b
+    replicas = setting.rank.parallel.data_parallel_size
+    if isinstance(layer.mlp, MoE) and replicas > 1:
+        name = f"experts ({3 + replicas}H) x M x b, with the tokens of {replicas} replicas"
+        stages[name] = (3 + replicas) * hidden
     if isinstance(layer.mlp, MoE) or layer.mlp is None:
         return stages or {"one layer's output H x M x b": hidden}
     recurrent = any(mixer.is_recurrent for mixer in layer.mixers)
