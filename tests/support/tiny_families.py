@@ -443,3 +443,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+UNSHARDED = (
+    "apertus",  # vLLM stores scalars of its activation beside the weights
+    "bamba",  # vLLM 0.32 has no class for it
+    "dbrx",
+    "ernie45_moe",
+    "gemma3_mm",
+    "gpt_bigcode",
+    "gpt_neox",
+    "lfm2",
+    "llava",
+    "minimax_m2",
+    "mpt",
+    "persimmon",
+    "phi",
+    "qwen2_5_vl",
+)
+"""What is refused: vLLM's names of these are not known, or its CPU build cannot build them."""
+
+SHARDED = tuple(name for name in FAMILIES if name not in UNSHARDED)

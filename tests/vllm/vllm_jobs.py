@@ -50,7 +50,7 @@ def run_rank(job, rank, port, results):
             model=job["directory"],
             load_format=job["load_format"],
             tensor_parallel_size=job["tp"],
-            dtype="float32",
+            dtype=job.get("dtype", "float32"),
             enforce_eager=True,
             skip_tokenizer_init=True,
             max_model_len=128,

@@ -12,7 +12,7 @@ runtime also takes uneven shares of whole heads, so that 9 heads can be served o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 from itertools import accumulate
@@ -100,6 +100,8 @@ class Weight:
     dtype: str | None = None
     engine_dtype: str | None = None
     """What an engine converts it to, where that is another one: vLLM's float32 decay rates."""
+    decay: bool = False
+    """An engine holds `-exp(x)` in float32 of what the checkpoint holds: Mamba's `A`."""
     linear: bool = False
     """A matrix that quantization applies to."""
     stored_shape: tuple[int, ...] | None = None
@@ -176,9 +178,9 @@ class Weight:
         return RankTensor(
             name=self.name,
             parameter=self.name,
-            dtype=self.dtype or dtype,
+            dtype="F32" if self.decay else self.dtype or dtype,
             shape=self.held_shape(rank),
-            pieces=tuple(pieces),
+            pieces=tuple(replace(p, decay=True) for p in pieces) if self.decay else tuple(pieces),
         )
 
     def held_shape(self, rank: Rank) -> tuple[int, ...]:

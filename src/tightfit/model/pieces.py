@@ -22,6 +22,8 @@ class Piece:
     at: tuple[int, ...]
     transposed: bool = False
     """The last two dimensions change places on the way: GPT-2's `[in, out]`, gpt-oss's experts."""
+    decay: bool = False
+    """Every element becomes `-exp(x)` in float32: the decay rates of Mamba."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,28 +6,37 @@ Every copy is planned again as for writing; what no copy covers has to be `fill`
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.sharding.copies import Copy, Turn, copies
+from tightfit.sharding.copies import Copy, Decay, Turn, copies
+from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, turned
+from tightfit.units import dtype_bytes
 
 
 def equal(
     fd: int, tensor: StoredTensor, sources: Mapping[str, TensorInfo], files: SourceFiles
 ) -> bool:
     """Compare a tensor of the open file with its sources, in blocks of a few megabytes."""
-    planned: list[Copy | Turn] = []
+    planned: list[Copy | Turn | Decay] = []
     for piece in tensor.pieces:
         info = sources[piece.source]
-        if info.dtype != tensor.dtype or not _inside(piece.start, piece.shape, info.shape):
+        alike = info.dtype == tensor.dtype or piece.decay
+        if not alike or not _inside(piece.start, piece.shape, info.shape):
             return False
         found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
         for copy in found:
-            if not all(map(_Compared(fd, info.file, files), _blocks(copy))):
+            if not same(fd, copy, info.file, files):
                 return False
             planned.append(copy)
     return _filled(fd, tensor, planned)
+
+
+def same(fd: int, copy: Copy | Turn | Decay, file: str, files: SourceFiles) -> bool:
+    """Whether the open file already holds what a copy from a source file would write there."""
+    return all(map(_Compared(fd, file, files), _blocks(copy)))
 
 
 class _Compared:
@@ -36,7 +45,12 @@ class _Compared:
     def __init__(self, fd: int, file: str, files: SourceFiles) -> None:
         self.fd, self.file, self.files = fd, file, files
 
-    def __call__(self, copy: Copy | Turn) -> bool:
+    def __call__(self, copy: Copy | Turn | Decay) -> bool:
+        if isinstance(copy, Decay):
+            start = copy.source_offset
+            data = self.files.read(self.file, start, start + copy.rows * dtype_bytes(copy.dtype))
+            wanted = decay_rates(data, copy.dtype)
+            return os.pread(self.fd, copy.nbytes, copy.target_offset) == wanted
         stride, start = copy.source_stride, copy.source_offset
         end = start + (copy.rows - 1) * stride + copy.row_bytes
         data = self.files.read(self.file, start, end)
@@ -52,17 +66,26 @@ class _Compared:
         )
 
 
-def _blocks(copy: Copy | Turn) -> Iterator[Copy | Turn]:
+def _blocks(copy: Copy | Turn | Decay) -> Iterator[Copy | Turn | Decay]:
     """The copy in blocks of rows, or a long row in blocks of bytes."""
+    if isinstance(copy, Decay):
+        block = BUFFER_BYTES // 8
+        for first in range(0, copy.rows, block):
+            yield replace(
+                copy,
+                source_offset=copy.source_offset + first * dtype_bytes(copy.dtype),
+                target_offset=copy.target_offset + 4 * first,
+                rows=min(block, copy.rows - first),
+            )
+        return
     if isinstance(copy, Copy) and copy.rows == 1:
         for at in range(0, copy.row_bytes, BUFFER_BYTES):
             size = min(BUFFER_BYTES, copy.row_bytes - at)
-            yield Copy(
+            yield replace(
+                copy,
                 source_offset=copy.source_offset + at,
                 source_stride=size,
-                target=copy.target,
                 target_offset=copy.target_offset + at,
-                rows=1,
                 row_bytes=size,
             )
         return
@@ -70,29 +93,12 @@ def _blocks(copy: Copy | Turn) -> Iterator[Copy | Turn]:
     for first in range(0, copy.rows, block):
         rows = min(block, copy.rows - first)
         source = copy.source_offset + first * copy.source_stride
-        if isinstance(copy, Copy):
-            yield Copy(
-                source_offset=source,
-                source_stride=copy.source_stride,
-                target=copy.target,
-                target_offset=copy.target_offset + first * copy.row_bytes,
-                rows=rows,
-                row_bytes=copy.row_bytes,
-            )
-        else:
-            yield Turn(
-                source_offset=source,
-                source_stride=copy.source_stride,
-                target=copy.target,
-                target_offset=copy.target_offset + first * copy.item_bytes,
-                target_stride=copy.target_stride,
-                rows=rows,
-                row_bytes=copy.row_bytes,
-                item_bytes=copy.item_bytes,
-            )
+        step = copy.row_bytes if isinstance(copy, Copy) else copy.item_bytes
+        target = copy.target_offset + first * step
+        yield replace(copy, source_offset=source, target_offset=target, rows=rows)
 
 
-def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn]) -> bool:
+def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn | Decay]) -> bool:
     """Whether the bytes between the copies are `fill`, and the copies do not overlap."""
     covered = sorted(span for copy in planned for span in _spans(copy))
     fill = struct.pack("<f", tensor.fill) if tensor.fill else b"\0"
@@ -109,10 +115,10 @@ def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn]) -> bool:
     return True
 
 
-def _spans(copy: Copy | Turn) -> Iterator[tuple[int, int]]:
+def _spans(copy: Copy | Turn | Decay) -> Iterator[tuple[int, int]]:
     """The ranges of the target that a copy writes."""
     start = copy.target_offset
-    if isinstance(copy, Copy):
+    if not isinstance(copy, Turn):
         yield start, start + copy.nbytes
         return
     width, lines = copy.rows * copy.item_bytes, copy.row_bytes // copy.item_bytes

@@ -60,24 +60,43 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decay:
+    """`rows` consecutive values of `dtype` become decay rates in float32."""
+
+    source_offset: int
+    dtype: str
+    rows: int
+    target: int
+    target_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return 4 * self.rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorCopies:
     """Everything that is copied out of one source tensor."""
 
     source: TensorInfo
     copies: tuple[Copy, ...]
     turns: tuple[Turn, ...] = ()
+    decays: tuple[Decay, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes that are written."""
-        return sum(c.nbytes for c in self.copies) + sum(t.nbytes for t in self.turns)
+        copied = sum(copy.nbytes for copy in self.copies)
+        turned = sum(turn.nbytes for turn in self.turns)
+        return copied + turned + sum(decay.nbytes for decay in self.decays)
 
 
 def plan_copies(
     parts: Iterable[Part], sources: Mapping[str, TensorInfo]
 ) -> tuple[TensorCopies, ...]:
     """All copies into all parts, by source tensor, in the order of the source files."""
-    found: defaultdict[str, list[Copy | Turn]] = defaultdict(list)
+    found: defaultdict[str, list[Copy | Turn | Decay]] = defaultdict(list)
     for number, part in enumerate(parts):
         for placed in part.placed:
             shape, offset = placed.tensor.shape, placed.offset
@@ -90,6 +109,7 @@ def plan_copies(
             source=sources[name],
             copies=tuple(one for one in members if isinstance(one, Copy)),
             turns=tuple(one for one in members if isinstance(one, Turn)),
+            decays=tuple(one for one in members if isinstance(one, Decay)),
         )
         for name, members in found.items()
     )
@@ -103,13 +123,23 @@ def copies(
     *,
     target: int,
     target_offset: int,
-) -> Iterator[Copy | Turn]:
+) -> Iterator[Copy | Turn | Decay]:
     """What carries out one piece, as few and as long ranges as its strides allow."""
     size = dtype_bytes(source.dtype)
     source_strides = _strides(source.shape)
     source_offset = source.offset + size * _dot(piece.start, source_strides)
     target_strides = _strides(target_shape)
-    target_offset += size * _dot(piece.at, target_strides)
+    target_offset += (4 if piece.decay else size) * _dot(piece.at, target_strides)
+    if piece.decay:
+        assert piece.shape[1:] == source.shape[1:] == target_shape[1:]
+        yield Decay(
+            source_offset=source_offset,
+            dtype=source.dtype,
+            rows=prod(piece.shape),
+            target=target,
+            target_offset=target_offset,
+        )
+        return
     inner = target_strides[len(target_strides) - len(piece.shape) :]
     if piece.transposed:
         inner = (*inner[:-2], inner[-1], inner[-2])

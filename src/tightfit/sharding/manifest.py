@@ -39,7 +39,7 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Compact: a piece is [source, source shape, start, shape, at], and true if transposed."""
+        """Compact: a piece is [source, source shape, start, shape, at], and what else is done."""
         return {
             "dtype": self.dtype,
             "shape": list(self.shape),
@@ -48,7 +48,7 @@ class StoredTensor:
             "xxh3": self.xxh3,
             "fill": self.fill,
             "pieces": [
-                [p.source, p.source_shape, p.start, p.shape, p.at, *([True] * p.transposed)]
+                [p.source, p.source_shape, p.start, p.shape, p.at, *_changes(p)]
                 for p in self.pieces
             ],
         }
@@ -232,11 +232,20 @@ def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]
                     start=_sizes(start),
                     shape=_sizes(shape),
                     at=_sizes(at),
-                    transposed=turned == [True] or (bool(turned) and _wrong(turned)),
+                    **_change(change),
                 )
-                for source, source_shape, start, shape, at, *turned in entry["pieces"]
+                for source, source_shape, start, shape, at, *change in entry["pieces"]
             ),
         )
+
+
+def _changes(piece: Piece) -> list[str]:
+    """What is done on the way, but for copying."""
+    return ["transposed"] * piece.transposed + ["decay"] * piece.decay
+
+
+def _change(names: list[str]) -> dict[str, bool]:
+    return {name: name in ("transposed", "decay") or _wrong(name) for name in names}
 
 
 def _text(value: Any) -> str:

@@ -153,6 +153,8 @@ def shard(job: ShardJob, directory: Path, progress: Progress) -> Manifest:
 
 def _with_source_dtype(tensor: RankTensor, sources: Mapping[str, TensorInfo]) -> RankTensor:
     """Keep the dtype of the source, whatever config.json says; engines cast on loading."""
+    if any(piece.decay for piece in tensor.pieces):
+        return tensor
     dtypes = {sources[piece.source].dtype for piece in tensor.pieces}
     if len(dtypes) > 1:
         raise CheckpointError(

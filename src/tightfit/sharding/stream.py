@@ -9,7 +9,9 @@ from typing import Literal
 
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
-from tightfit.sharding.copies import Copy, TensorCopies, Turn
+from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
+from tightfit.sharding.decay import decay_rates
+from tightfit.units import dtype_bytes
 
 BUFFER_BYTES = 2**23
 _BLOCKS_OF_TURNS = 4
@@ -111,6 +113,8 @@ def run_copies(
             turned[_rows_of(group, turn)].append(turn)
         for turns in turned.values():
             _turn_rows(group, turns, files, targets, progress)
+        for decay in group.decays:
+            _write_rates(group.source.file, decay, files, targets[decay.target], progress)
 
 
 def _rows_of(group: TensorCopies, copy: Copy | Turn) -> tuple[int, int, int]:
@@ -198,6 +202,18 @@ def _turn_rows(
                     line = lines[i * width : (i + 1) * width]
                     write_all(targets[turn.target], [line], at + i * turn.target_stride)
             progress(len(lines))
+
+
+def _write_rates(
+    file: str, decay: Decay, files: SourceFiles, target: int, progress: Callable[[int], None]
+) -> None:
+    size, block = dtype_bytes(decay.dtype), BUFFER_BYTES // 8
+    for first in range(0, decay.rows, block):
+        count = min(block, decay.rows - first)
+        start = decay.source_offset + first * size
+        rates = decay_rates(files.read(file, start, start + count * size), decay.dtype)
+        write_all(target, [memoryview(rates)], decay.target_offset + 4 * first)
+        progress(len(rates))
 
 
 def turned(data: bytes, turn: Turn, count: int, column: int) -> memoryview:

@@ -65,6 +65,7 @@ class Mamba1(Mixer):
             cut=Cut.OUTPUT,
             where=place.where,
             engine_dtype="F32",
+            decay=True,
         )
         yield dealt(f"{at.prefix}.D", inner, at.where)
         yield from row_parallel(
@@ -133,6 +134,7 @@ class Mamba2(Mixer):
             cut=Cut.OUTPUT,
             where=place.where,
             engine_dtype="F32",
+            decay=True,
         )
         yield dealt(f"{at.prefix}.D", heads, place.where)
         yield dealt(f"{at.prefix}.dt_bias", heads, place.where)

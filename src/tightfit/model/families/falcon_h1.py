@@ -37,7 +37,7 @@ def spec(config: Config) -> ModelSpec:
         layers,
         names=_NAMES,
         norm_eps=config.positive("rms_norm_eps", default=1e-5),
-        verified_for_sharding=False,
+        verified_for_sharding=parallel,
     )
 
 

@@ -68,7 +68,6 @@ def spec(config: Config) -> ModelSpec:
             norm="model.final_layernorm", layer_norms=("input_layernorm", "pre_ff_layernorm")
         ),
         every_stage_has_ends=True,
-        verified_for_sharding=False,
     )
 
 

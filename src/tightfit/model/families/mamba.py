@@ -27,7 +27,6 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.positive("layer_norm_epsilon", default=1e-5),
         default_tied=not second,
         length_is_free=not config.has("max_position_embeddings"),
-        verified_for_sharding=False,
     )
 
 

@@ -1,0 +1,79 @@
+"""What vLLM's sharded-state loader wants of every family, and what we would write, are the same."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.tiny_families import SHARDED
+from support.tiny_models import NAMES, make_tiny_model
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.model.families import model_spec
+from tightfit.model.layout import Parallel
+from tightfit.model.stored import DEFAULT_LAYOUT, rank_tensors, stored_layout
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
+
+# Nothing of these is built by stages in vLLM, or only a model of more layers.
+WITHOUT_STAGES = ("glm4_moe", "glm4_moe_lite", "mamba", "mamba2")
+CASES = [
+    *((name, tp, 1) for name in (*NAMES, *SHARDED) for tp in (1, 2)),
+    *((name, 1, 2) for name in (*NAMES, *SHARDED) if name not in WITHOUT_STAGES),
+    ("llama_tied", 2, 2),
+]
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Answer = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("models")
+    return {name: make_tiny_model(name, directory / name) for name in (*NAMES, *SHARDED)}
+
+
+@pytest.fixture(scope="module")
+def answers(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int, int], Answer]:
+    """One vLLM process builds all models, without weights."""
+    assert PYTHON, "TIGHTFIT_VLLM_PYTHON names the interpreter of a vLLM CPU environment"
+    jobs = [{"directory": str(models[name]), "tp": tp, "pp": pp} for name, tp, pp in CASES]
+    path = tmp_path_factory.mktemp("jobs") / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("state_jobs.py")
+    done = subprocess.run([PYTHON, str(script), str(path)], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert len(lines) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
+    found = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), CASES)
+def test_names_shapes_and_dtypes(
+    answers: dict[tuple[str, int, int], Answer],
+    models: dict[str, Path],
+    name: str,
+    tp: int,
+    pp: int,
+) -> None:
+    answer = answers[name, tp, pp]
+    assert "error" not in answer, answer["error"]
+    spec = model_spec(open_checkpoint(str(models[name])).config)
+    assert spec.verified_for_sharding
+    ranks = Parallel(tensor_parallel_size=tp, pipeline_parallel_size=pp).ranks()
+    for rank, state in zip(ranks, answer["states"], strict=True):
+        tensors = rank_tensors(spec, rank, stored_layout(DEFAULT_LAYOUT))
+        assert len({t.name for t in tensors}) == len(tensors)
+        assert {t.name: list(t.shape) for t in tensors} == {n: s for n, (s, *_) in state.items()}
+        for tensor in tensors:
+            _, dtype, value = state[tensor.name]
+            if tensor.parameter is None:
+                assert (FLOATS[tensor.dtype], tensor.fill) == (dtype, value)
+            else:
+                # Files keep the dtype of the checkpoint, and vLLM converts on loading.
+                assert dtype in FLOATS.values()
