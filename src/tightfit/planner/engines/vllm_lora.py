@@ -3,7 +3,7 @@
 (`lora/layers/`: `create_lora_weights`.)
 """
 
-from tightfit.model.layout import Cut, Weight
+from tightfit.model.layout import Cut, Weight, on_rank
 from tightfit.model.parameters import plain_parameters
 from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.plan import Component
@@ -18,11 +18,12 @@ def lora(setting: Setting) -> list[Component]:
     options = setting.options
     if not options.enable_lora:
         return []
-    span = set(range(setting.spec.num_layers))
     elements = sum(
         _elements(weight, setting)
         for weight in plain_parameters(setting.spec)
-        if weight.linear and weight.where in span and _here(weight, setting)
+        if weight.linear
+        and isinstance(weight.where, int)
+        and on_rank(weight, setting.rank, setting.spec.num_layers)
     )
     size = options.max_loras * options.max_lora_rank * elements * setting.element_bytes
     return [
@@ -35,12 +36,6 @@ def lora(setting: Setting) -> list[Component]:
             f"{setting.element_bytes}",
         )
     ]
-
-
-def _here(weight: Weight, setting: Setting) -> bool:
-    from tightfit.model.layout import on_rank
-
-    return on_rank(weight, setting.rank, setting.spec.num_layers)
 
 
 def _elements(weight: Weight, setting: Setting) -> int:
