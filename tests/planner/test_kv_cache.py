@@ -136,6 +136,37 @@ def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
     assert (layout.block_size - multiple) * 1152 < state <= layout.block_size * 1152
 
 
+def test_tokens_as_older_versions_print_them() -> None:
+    """A log of 0.19 has 623,040 tokens and 18.44 sequences: 30 of the 40 layers are recurrent."""
+    kinds = Counter(
+        {
+            LayerKind(token_bytes=1024): 10,
+            LayerKind(kind="state", state_bytes=1056 * 1024): 30,
+        }
+    )
+    layout = kv_layout(kinds, block_size=16)
+    assert layout.block_size == 1056
+    assert layout.blocks(131_072) == 128
+    tokens = {
+        version: VLLM(version=version).cache_tokens(2360, layout, 131_072)
+        for version in ("0.19.1", "0.20.2")
+    }
+    assert tokens == {"0.19.1": 623_040, "0.20.2": int(2360 / 128 * 131_072)}
+
+
+@pytest.mark.parametrize(
+    ("version", "caching", "blocks"),
+    [("0.25.1", None, 1), ("0.25.1", True, 2), ("0.32.0", None, 2), ("0.32.0", False, 1)],
+)
+def test_states_that_prefix_caching_keeps(version: str, caching: bool | None, blocks: int) -> None:
+    """Mode `align` has two (`MambaSpec.max_memory_usage_bytes`); it is off in older versions."""
+    engine = VLLM(version=version)
+    options = PlanOptions(enable_prefix_caching=caching)
+    spec = read_spec("Kimi-Linear-48B-A3B-Instruct")
+    layout = engine.kv_layout(spec, Rank(), engine.resolve(spec, options))
+    assert layout.state_blocks == blocks
+
+
 def kinds(**counts: int) -> Counter[LayerKind]:
     windows = {"full": None, "sliding": 64, "other": 128}
     return Counter({LayerKind(token_bytes=4, window=windows[k]): n for k, n in counts.items()})

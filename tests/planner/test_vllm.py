@@ -7,6 +7,7 @@ from tightfit.errors import LayoutError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE, Device
+from tightfit.planner.engines.vllm import VLLM
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.units import GiB
@@ -75,6 +76,32 @@ def test_padding_and_copies_are_told() -> None:
 def test_batch_defaults(device: Device | None, entrypoint: str, batched: int, seqs: int) -> None:
     options = plan("Qwen3-0.6B", device=device, entrypoint=entrypoint).options
     assert (options.max_num_batched_tokens.value, options.max_num_seqs.value) == (batched, seqs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tokens"),
+    [
+        # A start-up log of vLLM 0.25.1 says 2496.
+        ("gemma-4-26B-A4B", {}, 32 * 78),
+        ("gemma-4-26B-A4B", {"limit_mm_per_prompt": {"video": {"num_frames": 28}}}, 28 * 78),
+        ("gemma-4-26B-A4B", {"language_model_only": True}, 2048),
+        ("gemma-4-26B-A4B", {"max_num_batched_tokens": 1024}, 1024),
+        ("gemma-4-E2B", {}, 2048),
+    ],
+)
+def test_items_that_see_both_ways_fit_into_a_step(
+    name: str, options: dict[str, object], tokens: int
+) -> None:
+    engine = VLLM(CATALOGUE["l40s-48gb"])
+    asked = PlanOptions(device=engine.device, **options)  # type: ignore[arg-type]
+    spec = engine.adapt(read_spec(name), asked)
+    assert engine.resolve(spec, asked).max_num_batched_tokens.value == tokens
+
+
+@pytest.mark.parametrize(("version", "seqs"), [("0.32.0", 1024), ("0.33.0", 256)])
+def test_a_device_with_much_memory_may_be_small(version: str, seqs: int) -> None:
+    options = plan(device=CATALOGUE["gb10-128gb"], engine_version=version).options
+    assert options.max_num_seqs.value == seqs
 
 
 def test_origins() -> None:

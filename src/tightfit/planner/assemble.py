@@ -102,7 +102,7 @@ def make_plan(
         device=options.device,
         options=resolved,
         ranks=tuple(rank_plan(one, pool, resolved, chosen) for one in fixed),
-        kv_cache=kv_plan(pool, resolved),
+        kv_cache=kv_plan(pool, resolved, chosen),
         verdict=verdict_of(pool, chosen, resolved.max_model_len.value, longest),
         host=host,
         not_modelled=chosen.not_modelled,

@@ -38,21 +38,21 @@ def rank_plan(one: Fixed, pool: Pool, resolved: Resolved, engine: Engine) -> Ran
     )
 
 
-def kv_plan(pool: Pool, resolved: Resolved) -> KVPlan:
+def kv_plan(pool: Pool, resolved: Resolved, engine: Engine) -> KVPlan:
     """The KV cache in the engine's terms; the worst rank decides."""
     kv = pool.worst.kv
     length = resolved.max_model_len.value
     reserved = kv.blocks(length)
-    concurrency = None if pool.num_blocks is None else pool.num_blocks / reserved
+    blocks = pool.num_blocks
     return KVPlan(
         dtype=resolved.kv_cache_dtype.value,
         block_size=kv.block_size,
         bytes_per_block=kv.bytes_per_block,
         bytes_per_token=kv.bytes_per_token,
         available_bytes=None if pool.available_bytes is None else max(pool.available_bytes, 0),
-        num_blocks=pool.num_blocks,
-        tokens=None if concurrency is None else int(concurrency * length),
-        max_concurrency=concurrency,
+        num_blocks=blocks,
+        tokens=None if blocks is None else engine.cache_tokens(blocks, kv, length),
+        max_concurrency=None if blocks is None else blocks / reserved,
         minimum_bytes=kv.minimum_bytes(length),
         reserved_bytes=reserved * kv.bytes_per_block,
         all_full_bytes=kv.all_full_bytes(length),

@@ -98,6 +98,8 @@ class Tower:
     """Items per prompt beyond which the model does not go; absent where there is no bound."""
     data_parallel: bool = False
     """vLLM can replicate it and deal the items to ranks: `mm_encoder_tp_mode="data"`."""
+    whole_items: bool = False
+    """Tokens of an item see each other both ways, so that a step has to take it whole."""
     profiled: bool = True
     """vLLM runs it to measure its memory; encoders of speech models run as part of a step."""
 

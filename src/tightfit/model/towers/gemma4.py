@@ -5,7 +5,7 @@ Images and videos share one (`models/gemma4_mm.py`); some sizes have a conformer
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tightfit.model.blocks.attention import Projections, QKNorm
@@ -93,7 +93,12 @@ class Gemma4Images(Media):
 def gemma4_towers(config: Config, text_hidden_size: int) -> tuple[Tower, ...]:
     """The towers of a `Gemma4ForConditionalGeneration`: those whose configs are there."""
     vision, audio = config.section("vision_config"), config.section("audio_config")
-    found = () if vision is None else (_vision(vision.with_defaults(_DEFAULTS), text_hidden_size),)
+    text = config.section("text_config")
+    both_ways = text is not None and text.raw("use_bidirectional_attention") == "vision"
+    found: tuple[Tower, ...] = ()
+    if vision is not None:
+        tower = _vision(vision.with_defaults(_DEFAULTS), text_hidden_size)
+        found = (replace(tower, whole_items=both_ways),)
     return found if audio is None else (*found, conformer4(audio, text_hidden_size))
 
 

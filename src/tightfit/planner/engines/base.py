@@ -89,6 +89,10 @@ class Engine(ABC):
         del layout, resolved
         return available_blocks
 
+    def cache_tokens(self, blocks: int, layout: KVLayout, length: int) -> int:
+        """The size of a pool in tokens, in sequences of `length`, as the engine prints it."""
+        return int(blocks / layout.blocks(length) * length)
+
     def refusal(self, needed_bytes: int, available_bytes: int, longest: int, length: int) -> str:
         """The error that the engine prints when a sequence of `length` does not fit."""
         return (

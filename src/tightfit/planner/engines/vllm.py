@@ -98,7 +98,7 @@ class VLLM(Engine):
         """
         dtype = resolve_dtype(spec, options)
         length = resolve_max_model_len(spec, options)
-        tokens, max_num_seqs = self._batch(options, length.value)
+        tokens, max_num_seqs = self._batch(spec, options, length.value)
         mode = cudagraph_mode(spec, options, self.rules)
         captures = captured_sizes(
             spec,
@@ -106,7 +106,7 @@ class VLLM(Engine):
             self.rules,
             max_num_seqs=max_num_seqs.value,
             max_num_batched_tokens=tokens.value,
-            limit=1024 if self._is_blackwell and self.rules.null_block else 512,
+            limit=1024 if self._is_blackwell and self.rules.large_captures else 512,
         )
         if mode.value == "NONE":
             captures = Option(value=(), origin=mode.origin)
@@ -142,13 +142,13 @@ class VLLM(Engine):
         capability = None if self.device is None else self.device.capability
         return capability is not None and capability[0] == 10
 
-    def _batch(self, options: PlanOptions, length: int) -> tuple[Option[int], Option[int]]:
+    def _batch(
+        self, spec: ModelSpec, options: PlanOptions, length: int
+    ) -> tuple[Option[int], Option[int]]:
         """`max_num_batched_tokens` and `max_num_seqs`, of which each may bound the other."""
         batched, seqs = _batch_defaults(self.rules, options.device, options.entrypoint)
         max_num_seqs = pick(options.max_num_seqs, seqs)
-        default = min(batched, max_num_seqs.value * length)
-        if options.enable_chunked_prefill is False:
-            default = max(default, length)
+        default = self.default_tokens(spec, options, length, batched, max_num_seqs.value)
         tokens = pick(options.max_num_batched_tokens, default)
         if options.max_num_seqs is None:
             max_num_seqs = pick(None, min(seqs, tokens.value))
@@ -159,6 +159,18 @@ class VLLM(Engine):
                 hint="vLLM needs at least one token per sequence",
             )
         return tokens, max_num_seqs
+
+    def default_tokens(
+        self, spec: ModelSpec, options: PlanOptions, length: int, usual: int, seqs: int
+    ) -> int:
+        """`_set_default_max_num_seqs_and_batched_tokens_args`, from what is usual on the device."""
+        if options.enable_chunked_prefill is False:
+            usual = max(usual, length)
+        if any(tower.whole_items for tower in spec.towers):
+            from tightfit.planner.engines.vllm_media import least_step
+
+            usual = max(usual, least_step(spec, options, length))
+        return min(usual, seqs * length)
 
     def _runner(self, spec: ModelSpec, options: PlanOptions) -> Option[str]:
         asked = options.use_v2_model_runner
@@ -242,7 +254,7 @@ class VLLM(Engine):
             block_size=resolved.block_size.value,
             latent_multiple=rules.latent_multiple,
             in_flight_tokens=self._steps(rank.parallel, resolved) * tokens,
-            state_blocks=2 if rules.hybrid_prefix_caching and caching and caching.value else 1,
+            state_blocks=2 if caching is not None and caching.value else 1,
             encoder_tokens=max(spec.encoder_tokens, tokens) if spec.encoder_tokens else 0,
             padding_ratio=rules.padding_ratio,
             context_parallel_size=asked.decode_context_parallel_size,
@@ -268,6 +280,16 @@ class VLLM(Engine):
     def pool_blocks(self, available_blocks: int, layout: KVLayout, resolved: Resolved) -> int:
         """The user may say how many blocks there are, whatever fits."""
         return resolved.asked.num_gpu_blocks_override or available_blocks
+
+    def cache_tokens(self, blocks: int, layout: KVLayout, length: int) -> int:
+        """Before 0.20, the blocks that a group gets if all get as many, whatever a window saves.
+
+        (`v1/core/kv_cache_utils.py: _report_kv_cache_config`.)
+        """
+        if self.rules.tokens_from_concurrency:
+            return super().cache_tokens(blocks, layout, length)
+        size = min(kind.block_size or layout.block_size for kind in layout.groups)
+        return blocks // len(layout.groups) * size * layout.context_parallel_size
 
     def refusal(self, needed_bytes: int, available_bytes: int, longest: int, length: int) -> str:
         """`v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory`, word for word."""
@@ -345,7 +367,7 @@ def _batch_defaults(rules: Rules, device: Device | None, entrypoint: str) -> tup
     total_bytes = device.total_bytes if device else 80 * GiB
     if total_bytes >= 160 * GiB:
         return (rules.large_server_tokens if server else 16384), 1024
-    a100 = device is not None and device.name.startswith("a100")
-    if total_bytes >= 70 * GiB and (rules.large_a100 or not a100):
+    name = "" if device is None else device.name.split("-")[0]
+    if total_bytes >= 70 * GiB and name not in rules.small_devices:
         return (8192 if server else 16384), 1024
     return (2048 if server else 8192), 256

@@ -71,9 +71,7 @@ class VLLMCPU(VLLM):
         base = replace(base, max_num_batched_tokens=max(tokens, seqs), async_scheduling=False)
         resolved = super().resolve(spec, replace(base, max_num_seqs=seqs))
         length = resolved.max_model_len.value
-        default = min(tokens, seqs * length)
-        if options.enable_chunked_prefill is False:
-            default = max(default, length)
+        default = self.default_tokens(spec, options, length, tokens, seqs)
         latent = _has_latents(spec)
         if latent and self._minor >= (0, 32):
             # Without AMX prompts are not chunked, whatever the user asks.

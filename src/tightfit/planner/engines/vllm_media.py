@@ -148,6 +148,24 @@ def encoder_profile(
     return EncoderProfile(tower=tower, budget_tokens=budget, item=item, items=items)
 
 
+def least_step(spec: ModelSpec, options: PlanOptions, max_model_len: int) -> int:
+    """Tokens of the largest item that a step has to take whole; 0 if there is none.
+
+    (`engine/arg_utils.py: _get_min_mm_batched_tokens`, which raises the default to it.)
+
+    Raises:
+        UsageError: `limit_mm_per_prompt` or `mm_processor_kwargs` is malformed.
+    """
+    found = 0
+    for tower in spec.towers:
+        if tower.whole_items:
+            items = tower.media.profiled(
+                options.mm_processor_kwargs, max_model_len, sizes(options), tower.modalities
+            )
+            found = max(found, *(item.tokens for item in items))
+    return found
+
+
 def encoder_cache(profile: EncoderProfile, element_bytes: int) -> Figure:
     """The embeddings of the profiled batch, which stay while the decoder is profiled."""
     tokens, size = profile.items * profile.item.embeddings, profile.tower.output_size

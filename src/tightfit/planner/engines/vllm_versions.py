@@ -67,6 +67,8 @@ class Rules:
     full_graphs: bool
     """Batches of decodes are captured whole, beside the piecewise graphs."""
     captures: Captures
+    large_captures: bool
+    """Data center Blackwells capture sizes up to 1024 by default, not 512."""
     times_kernels: bool
     """Compiling times fused kernels on tensors of its own: a second embedding table, and a buffer
     that flushes the L2 cache. In the logs from 0.20 on."""
@@ -78,8 +80,8 @@ class Rules:
     """The kernels of gpt-oss's experts want widths that are multiples of 256."""
     native_sampler: bool
     """The V1 sampler sorts all logits with torch where FlashInfer does not sample."""
-    large_a100: bool
-    """The A100 of 80 GB counts as a large device."""
+    small_devices: tuple[str, ...]
+    """Devices that get the batches of small ones, however much memory they have."""
     large_server_tokens: int
     """max_num_batched_tokens of the server on devices of 160 GiB and more."""
     async_scheduling: bool
@@ -124,12 +126,13 @@ _0_8_5 = Rules(
     v2_profiles_encoder=False,
     full_graphs=False,
     captures=Captures.EIGHTS,
+    large_captures=False,
     times_kernels=False,
     few_kernels=True,
     keeps_workspace=False,
     pads_mxfp4=True,
     native_sampler=True,
-    large_a100=True,
+    small_devices=(),
     large_server_tokens=8192,
     async_scheduling=False,
     steps_in_flight=False,
@@ -146,7 +149,7 @@ _0_10_2 = replace(
     version="0.10.2",
     charge=Charge.GROWTH,
     captures=Captures.EIGHTS_OF_BATCH,
-    large_a100=False,
+    small_devices=("a100",),
     hybrid_groups=True,
 )
 _0_12_0 = replace(
@@ -191,10 +194,11 @@ _0_32_0 = replace(
     v2_for="all",
     v2_copies_logits=False,
     captures=Captures.WITH_LIMITS,
+    large_captures=True,
     large_server_tokens=16384,
     null_block=1,
 )
-_0_33_0 = replace(_0_32_0, version="0.33.0")
+_0_33_0 = replace(_0_32_0, version="0.33.0", small_devices=("a100", "gb10"))
 
 _RULES: tuple[Rules, ...] = (
     _0_8_5,
