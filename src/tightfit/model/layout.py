@@ -64,6 +64,8 @@ class Part:
     """The source interleaves several parts: so many rows at a time are of this one."""
     run_stride: int = 0
     """Rows from the beginning of a run to that of the next."""
+    paired: int = 0
+    """Of so many rows, a head's, an engine holds the even ones before the odd ones: Llama 4."""
 
     def runs(self, first: int, rows: int) -> Iterator[tuple[int, int, int]]:
         """(row in the source, rows, how many came before) of each run of `first : first + rows`."""
@@ -202,8 +204,28 @@ class Weight:
         return prod(self.stored_shape[1:]) // (self.columns or 1)
 
     def _pieces(self, part: Part, first: int, rows: int, at: int, rank: Rank) -> Iterator["Piece"]:
+        if part.paired:
+            yield from self._every_other(part, first, rows, at)
+            return
         for row, count, before in part.runs(first, rows):
             yield from self._boxes(part, row, count, at + before, rank)
+
+    def _every_other(self, part: Part, first: int, rows: int, at: int) -> Iterator["Piece"]:
+        """The even rows of each head, then its odd ones."""
+        assert self.columns is not None
+        assert self.cut is not Cut.INPUT
+        shape, half = self.source_shape(part), part.paired // 2
+        assert first % part.paired == rows % part.paired == 0
+        for row in range(0, rows, part.paired):
+            for odd in (0, 1):
+                yield Piece(
+                    source=part.source,
+                    source_shape=shape,
+                    view=(shape[0] // 2, 2 * shape[1]),
+                    start=((first + row) // 2, odd * self.columns),
+                    shape=(half, self.columns),
+                    at=(at + row + odd * half, 0),
+                )
 
     def _boxes(self, part: Part, row: int, rows: int, at: int, rank: Rank) -> Iterator["Piece"]:
         """One box, or one for each expert, of consecutive rows of a source."""

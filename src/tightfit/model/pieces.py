@@ -20,6 +20,9 @@ class Piece:
     shape: tuple[int, ...]
     """In the order of the source's dimensions."""
     at: tuple[int, ...]
+    view: tuple[int, ...] | None = None
+    """What `start` and `shape` see the source as, where that is not `source_shape`: every other row
+    is half of a row twice as long."""
     transposed: bool = False
     """The last two dimensions change places on the way: GPT-2's `[in, out]`, gpt-oss's experts."""
     decay: bool = False

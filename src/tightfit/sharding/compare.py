@@ -24,7 +24,7 @@ def equal(
     for piece in tensor.pieces:
         info = sources[piece.source]
         alike = info.dtype == tensor.dtype or piece.decay
-        if not alike or not _inside(piece.start, piece.shape, info.shape):
+        if not alike or not _inside(piece.start, piece.shape, piece.view or info.shape):
             return False
         found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
         for copy in found:

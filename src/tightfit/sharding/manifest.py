@@ -239,13 +239,20 @@ def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]
         )
 
 
-def _changes(piece: Piece) -> list[str]:
-    """What is done on the way, but for copying."""
-    return ["transposed"] * piece.transposed + ["decay"] * piece.decay
+def _changes(piece: Piece) -> list[Any]:
+    """What is done on the way, but for copying, and the source's shape as the piece sees it."""
+    found: list[Any] = ["transposed"] * piece.transposed + ["decay"] * piece.decay
+    return found if piece.view is None else [*found, piece.view]
 
 
-def _change(names: list[str]) -> dict[str, bool]:
-    return {name: name in ("transposed", "decay") or _wrong(name) for name in names}
+def _change(values: list[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for value in values:
+        if isinstance(value, list):
+            found["view"] = _sizes(value)
+        else:
+            found[value if value in ("transposed", "decay") else _wrong(value)] = True
+    return found
 
 
 def _text(value: Any) -> str:

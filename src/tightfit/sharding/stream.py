@@ -119,6 +119,8 @@ def run_copies(
 
 def _rows_of(group: TensorCopies, copy: Copy | Turn) -> tuple[int, int, int]:
     """(offset of the first whole row, stride, rows): copies with the same come from one read."""
+    if copy.rows == 1:
+        return copy.source_offset, copy.row_bytes, 1
     stride = copy.source_stride
     inside = (copy.source_offset - group.source.offset) % stride
     return copy.source_offset - inside, stride, copy.rows

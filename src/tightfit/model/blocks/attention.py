@@ -1,12 +1,12 @@
 """Attention with grouped KV heads: one fused projection, its norms, the output projection."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from tightfit.model.blocks.base import Mixer, Place
-from tightfit.model.blocks.linear import linear, stack, vector
+from tightfit.model.blocks.linear import Parts, linear, stack, vector
 from tightfit.model.cache import Cache, TokenCache
 from tightfit.model.layout import Axis, Cut, Part, Rank, Weight
 
@@ -91,6 +91,8 @@ class Attention(Mixer):
     """Queries come with as many features that gate the output: Qwen3-Next."""
     shares_cache: bool = False
     """Reads the keys and values of an earlier layer, and keeps none: Gemma 3n."""
+    split_pairs: bool = False
+    """vLLM holds the even features of a head of queries or keys before its odd ones: Llama 4."""
     module: str = "self_attn"
     names: Projections = Projections()
 
@@ -106,14 +108,15 @@ class Attention(Mixer):
         values = value_axis(self)
         q = gated_axis(queries) if self.output_gate else queries
         members = ((names.query, q), (names.key, keys), (names.value, values))
+        stacked = stack(
+            at.prefix,
+            names.fused,
+            members[:1] if self.shares_cache else members,
+            groups=self.num_kv_heads if names.by_group else 1,
+        )
         yield from linear(
             f"{at.prefix}.{'q_proj' if self.shares_cache else 'qkv_proj'}",
-            stack(
-                at.prefix,
-                names.fused,
-                members[:1] if self.shares_cache else members,
-                groups=self.num_kv_heads if names.by_group else 1,
-            ),
+            self._split(stacked) if self.split_pairs else stacked,
             columns=place.hidden_size,
             cut=Cut.OUTPUT,
             bias=self.qkv_bias,
@@ -145,6 +148,13 @@ class Attention(Mixer):
             heads = Axis(label=queries.label, units=self.num_heads, groups=self.num_kv_heads)
             part = Part(source=name, rows=self.num_heads, axis=heads)
             yield Weight(name=name, parts=(part,), cut=Cut.OUTPUT, where=place.where)
+
+    def _split(self, parts: Parts) -> Parts:
+        def split(kind: str) -> tuple[Part, ...]:
+            queries, keys, *others = parts(kind)
+            return *(replace(part, paired=self.head_dim) for part in (queries, keys)), *others
+
+        return split
 
     def _norm(self, name: str, axis: Axis, place: Place) -> Weight:
         if self.qk_norm in (QKNorm.DEALT, QKNorm.MATRIX):

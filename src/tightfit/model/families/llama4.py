@@ -35,9 +35,9 @@ def spec(config: Config) -> ModelSpec:
     if config.boolean("attention_bias"):
         raise UnsupportedModelError("attention_bias in Llama4ForCausalLM is not modelled")
     count = decoder.num_layers(config)
-    full = replace(decoder.attention(config, default_theta=500_000.0), rope=None)
+    full = replace(decoder.attention(config, default_theta=500_000.0, split_pairs=True), rope=None)
     chunk = None if unchunked else config.integer("attention_chunk_size", default=8192)
-    local = decoder.attention(config, default_theta=500_000.0, chunk=chunk)
+    local = decoder.attention(config, default_theta=500_000.0, chunk=chunk, split_pairs=True)
     width = config.integer("intermediate_size")
     activation = config.text("hidden_act", default="silu")
     experts = MoE(
