@@ -1,11 +1,11 @@
 """Load checkpoints in a real vLLM (CPU build) and generate greedy tokens. Run by its interpreter.
 
-usage: vllm_jobs.py JOBS.json   where JOBS is a list of {"directory", "load_format", "tp"}
+usage: vllm_jobs.py JOBS.json   where JOBS is a list of {"directory", "load_format", "tp", "dtype"}
 
 vLLM is imported once; each job forks one process per rank, joined by gloo (the executor
 `external_launcher`), because a fresh engine costs half a minute of imports. Every job gives one
-line of JSON with its tokens and log-probabilities, or an error. Everything is computed in float32,
-so that the order of sums does not change tokens between sizes.
+line of JSON with its tokens and log-probabilities, or an error. Without a "dtype" everything is
+computed in float32, so that the order of sums does not change tokens between sizes.
 """
 
 import json
