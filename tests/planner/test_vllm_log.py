@@ -154,6 +154,27 @@ def test_files_that_are_no_log(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "non-default args: {'model': 'a', 'dtype': '\0', 'max_model_len': 8}",
+        f"non-default args: {{'model': 'a', 'max_model_len': {'9' * 5000}, 'seed': object()}}",
+        f"GPU KV cache size: {'9' * 400} tokens",
+        f"Current kv cache memory in use is {'9' * 5000} bytes",
+        "Initializing a V1 LLM engine (v0.11.0) with config: max_seq_len=\u00b2,",
+        f"Initializing a V1 LLM engine (v1) with config: cudagraph_capture_sizes: [{'9' * 5000}]",
+    ],
+)
+def test_values_that_are_none(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    path.write_text(f"INFO vLLM API server version 0.11.0\nINFO {line}\nINFO # GPU blocks: 5\n")
+    log = read_log(path)
+    assert log.number("num_gpu_blocks") == 5
+    assert log.number("kv_tokens") is None
+    assert log.bytes_of("kv_in_use") is None
+    assert set(log.options) <= {"engine_version", "max_model_len"}
+
+
 LINES = st.sampled_from(
     [line for path in sorted(LOGS.glob("*.log")) for line in path.read_text().splitlines()]
 )

@@ -19,7 +19,8 @@ MAX_LOG_BYTES = 32 * 2**20
 """A start-up is at the beginning of a log, however long the server ran afterwards."""
 _MAX_LINE = 2**17
 
-_N = r"(-?[\d,]*\.?\d+)"
+_N = r"(-?\d[\d,]{0,24}(?:\.\d{1,24})?)"
+"""Bounded, because a long run of digits would be tried from everywhere to everywhere."""
 _BYTES: tuple[tuple[str, str], ...] = (
     ("model_load", rf"Model loading took {_N} Gi?B"),
     ("model_load", rf"Loading model weights took {_N} Gi?B"),
@@ -73,7 +74,9 @@ _NUMBERS: tuple[tuple[str, str], ...] = (
 _PATTERNS = [(name, re.compile(pattern), GiB) for name, pattern in _BYTES] + [
     (name, re.compile(pattern), 1) for name, pattern in _NUMBERS
 ]
-_EXACT = re.compile(r"Current kv cache memory in use is (\d+) bytes")
+_EXACT = re.compile(r"Current kv cache memory in use is (\d{1,18}) bytes")
+_MOST = 1e15
+"""No such figure is larger; a log may be anything."""
 _HINTS = re.compile(
     rb"GiB| GB |KV cache size|concurrency|blocks: |num_gpu_blocks|block size|padding|engine \(v|"
     rb"args: |version |Model Runner|No available|out of memory|Auto-fit|compiled graph|top-k|"
@@ -263,6 +266,8 @@ def _measures(line: str, state: _State) -> None:
             continue
         seen.add(name)
         value = float(match[1].replace(",", ""))
+        if abs(value) > _MOST:
+            continue
         if unit == GiB:
             state.bytes.setdefault(name, []).append(round(value * GiB))
         else:

@@ -53,13 +53,19 @@ def echoed_arguments(line: str) -> dict[str, Any] | None:
         return None
     text = (match[1] or match[2])[:_MAX_ECHO]
     if match[1]:
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            value = None
+        value = _literal(text)
         if isinstance(value, dict):
             return {str(key): item for key, item in value.items()}
-    return {name: ast.literal_eval(item) for name, item in _top_level(text)}
+    found = {name: _literal(item) for name, item in _top_level(text)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _literal(text: str) -> Any:
+    """The value that Python would print so, or None."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
 
 
 def _top_level(text: str) -> list[tuple[str, str]]:
@@ -118,7 +124,8 @@ def setting_of(config: str, arguments: Mapping[str, Any]) -> LogSetting:
 def _capture_sizes(config: str) -> dict[str, Any]:
     """The sizes that were captured, unless the log cuts them short."""
     match = re.search(r"['\"]?cudagraph_capture_sizes['\"]?: ?\[([\d, ]+)\]", config)
-    sizes = [int(word) for word in match[1].replace(",", " ").split()] if match else []
+    words = match[1].replace(",", " ").split() if match else []
+    sizes = [size for word in words if (size := _int(word)) is not None]
     mode = re.search(r"cudagraph_mode['\"]?: ?<?(?:CUDAGraphMode\.)?['\"]?([A-Z_]+|[0-2])", config)
     found: dict[str, Any] = {"cudagraph_capture_sizes": sorted(sizes)} if sizes else {}
     if mode:
@@ -131,4 +138,4 @@ _MODES = {"0": "NONE", "1": "PIECEWISE", "2": "FULL"}
 
 
 def _int(text: str) -> int | None:
-    return int(text) if text.lstrip("-").isdigit() and len(text) < 20 else None
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else None
