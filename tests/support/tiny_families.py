@@ -457,7 +457,6 @@ UNSHARDED = (
     "minimax_m2",
     "mpt",
     "persimmon",
-    "phi",
     "qwen2_5_vl",
 )
 """What is refused: vLLM's names of these are not known, or its CPU build cannot build them."""

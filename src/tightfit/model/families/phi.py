@@ -73,5 +73,5 @@ def spec(config: Config) -> ModelSpec:
         head_bias=True,
         names=names,
         ignored_sources=(r"\.rotary_emb\.", r"\.inner_attn\.", r"\.inner_cross_attn\."),
-        verified_for_sharding=False,
+        verified_for_sharding=not first,
     )
