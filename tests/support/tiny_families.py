@@ -450,13 +450,13 @@ UNSHARDED = (
     "dbrx",
     "ernie45_moe",
     "gemma3_mm",
+    "glm",  # cut otherwise by way of transformers' class
     "gpt_bigcode",
-    "gpt_neox",
     "lfm2",
     "llava",
     "minimax_m2",
     "mpt",
-    "persimmon",
+    "persimmon",  # vLLM does not cut it
     "qwen2_5_vl",
 )
 """What is refused: vLLM's names of these are not known, or its CPU build cannot build them."""

@@ -98,6 +98,9 @@ _SPECIAL: Mapping[str, FamilyNames] = {
     "PhiForCausalLM": FamilyNames(
         renamed=((r"\.o_proj\.", ".dense."),), left_out=(r"^lm_head\.bias$",)
     ),
+    "GPTNeoXForCausalLM": _names(
+        _FALCON, ((r"^gpt_neox\.", "model."), (r"^embed_out\.", "lm_head."))
+    ),
     "OPTForCausalLM": _names(_OUT_PROJ),
     "GPTJForCausalLM": _names(_OUT_PROJ),
     "FalconForCausalLM": _names(_FALCON),

@@ -60,6 +60,8 @@ class Projections:
     """Stored as `[in, out]`: GPT-2's Conv1D."""
     by_group: bool = False
     """The fused tensor has the query heads, key and value of one KV head after the other."""
+    by_head: bool = False
+    """As `by_group`, and an engine leaves it so: GPT-NeoX, where every head has its own key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +109,15 @@ class Attention(Mixer):
         queries, keys = head_axes(self)
         values = value_axis(self)
         q = gated_axis(queries) if self.output_gate else queries
+        members: tuple[tuple[str, Axis], ...]
         members = ((names.query, q), (names.key, keys), (names.value, values))
+        if names.by_head:
+            assert names.fused is not None
+            assert self.num_kv_heads == self.num_heads
+            members = ((names.fused, replace(queries, unit_rows=3 * self.head_dim)),)
         stacked = stack(
             at.prefix,
-            names.fused,
+            None if names.by_head else names.fused,
             members[:1] if self.shares_cache else members,
             groups=self.num_kv_heads if names.by_group else 1,
         )

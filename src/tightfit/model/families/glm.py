@@ -40,5 +40,7 @@ def spec(config: Config) -> ModelSpec:
         decoder.uniform(config, attention, mlp),
         norm_eps=config.number("rms_norm_eps", default=1.5625e-07),
         names=Names(layer_norms=norms) if fourth else Names(),
+        # vLLM has no class for the first, and cuts its fused matrix as if it were one.
+        verified_for_sharding=fourth,
         ignored_sources=decoder.layers_after(config, "num_nextn_predict_layers"),
     )

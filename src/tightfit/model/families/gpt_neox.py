@@ -30,7 +30,7 @@ def spec(config: Config) -> ModelSpec:
         qkv_bias=bias,
         output_bias=bias,
         module="attention",
-        names=Projections(fused="query_key_value", output="dense"),
+        names=Projections(fused="query_key_value", output="dense", by_head=True),
     )
     mlp = DenseMLP(
         intermediate_size=config.integer("intermediate_size"),
@@ -52,5 +52,4 @@ def spec(config: Config) -> ModelSpec:
             head="embed_out",
         ),
         ignored_sources=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",),
-        verified_for_sharding=False,
     )
