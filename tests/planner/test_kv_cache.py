@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.configs import read_config, read_spec
+from tightfit.errors import UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel, Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
+from tightfit.planner.devices import CATALOGUE
 from tightfit.planner.engines.vllm import VLLM
 from tightfit.planner.kv_cache import KVLayout, LayerKind, kv_layout
 from tightfit.planner.options import PlanOptions
@@ -134,6 +136,38 @@ def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
     state = max(kind.state_bytes for kind in layout.groups)
     assert layout.block_size % multiple == 0
     assert (layout.block_size - multiple) * 1152 < state <= layout.block_size * 1152
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "options", "size"),
+    [
+        ("DeepSeek-V2-Lite", "h100-80gb", {}, 16),
+        ("DeepSeek-V2-Lite", "h100-80gb", {"kv_cache_dtype": "fp8"}, 64),
+        ("DeepSeek-V2-Lite", "a100-80gb", {"kv_cache_dtype": "fp8"}, 16),
+        ("DeepSeek-V2-Lite", "b200-180gb", {}, 32),
+        ("DeepSeek-V3.2", "b200-180gb", {}, 64),
+        ("DeepSeek-V2-Lite", "b200-180gb", {"block_size": 64}, 64),
+        ("Llama-3.1-8B", "b200-180gb", {}, 16),
+    ],
+)
+def test_blocks_that_the_backend_of_the_device_takes(
+    name: str, gpu: str, options: dict[str, object], size: int
+) -> None:
+    """`get_supported_kernel_block_sizes` of FlashInfer's, FlashMLA's and Triton's kernels."""
+    engine = VLLM(CATALOGUE[gpu])
+    asked = PlanOptions(device=engine.device, **options)  # type: ignore[arg-type]
+    assert engine.resolve(read_spec(name), asked).block_size.value == size
+
+
+def test_context_parallel_ranks_are_ranks_of_a_layer() -> None:
+    """Latents, which every rank holds alike, are spread over four."""
+    options = PlanOptions(tensor_parallel_size=4, decode_context_parallel_size=4)
+    spread = layout_of(read_spec("DeepSeek-V2-Lite"), options)
+    assert spread.blocks(65_536) == 1024
+    with pytest.raises(UsageError, match="does not divide --tensor-parallel-size 4"):
+        layout_of(read_spec("DeepSeek-V2-Lite"), replace(options, decode_context_parallel_size=3))
+    with pytest.raises(UsageError, match="with a window"):
+        layout_of(gemma_like(), options)
 
 
 def test_tokens_as_older_versions_print_them() -> None:

@@ -104,6 +104,12 @@ def test_a_device_with_much_memory_may_be_small(version: str, seqs: int) -> None
     assert options.max_num_seqs.value == seqs
 
 
+@pytest.mark.parametrize(("version", "told"), [("0.34.1", True), ("0.33.7", False)])
+def test_versions_that_nobody_has_read(version: str, told: bool) -> None:
+    expected = ("vLLM 0.34.1 is newer than 0.33.0, whose rules were used",) if told else ()
+    assert plan(engine_version=version).warnings == expected
+
+
 def test_origins() -> None:
     options = plan(device=H100, max_num_seqs=7, gpu_memory_utilization=0.5).options
     origins = {name: option["origin"] for name, option in options.to_json().items()}

@@ -11,6 +11,7 @@ from tightfit.errors import UsageError
 from tightfit.model.families import model_spec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE, Device
+from tightfit.planner.engines.vllm import VLLM
 from tightfit.planner.engines.vllm_captures import capture_sizes
 from tightfit.planner.engines.vllm_versions import Captures
 from tightfit.planner.options import PlanOptions
@@ -124,6 +125,21 @@ def test_asked_capture_sizes() -> None:
         with pytest.raises(UsageError) as e:
             PlanOptions(cudagraph_capture_sizes=sizes)
         assert e.value.hint
+
+
+def test_graphs_of_mixed_batches_are_of_all_sizes() -> None:
+    """Mode FULL has no others, so that sizes beyond max_num_seqs are captured whole too."""
+    options = {"max_num_seqs": 64, "compilation_config": {"cudagraph_mode": "FULL"}}
+    formula = plan(**options).ranks[0].component("cuda_graphs").formula
+    assert formula.startswith("0 piecewise and 19 full graphs up to 128 tokens")
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.25.1"])
+def test_sizes_of_gpt_oss(version: str) -> None:
+    engine = VLLM(H100, version)
+    resolved = engine.resolve(read_spec("gpt-oss-20b"), PlanOptions(device=H100))
+    assert resolved.cudagraph_capture_sizes is not None
+    assert len(resolved.cudagraph_capture_sizes.value) == 83
 
 
 def test_graphs_grow_with_sizes_and_layers() -> None:

@@ -93,7 +93,12 @@ def make_plan(
         fitted = Option(value=max(longest, 1), origin="fitted")
         resolved = replace(resolved, max_model_len=fitted)
     host = _host(chosen, spec, resolved, fixed, pool, summary)
-    warnings = [*spec.notes, *([_MEASURED] if measured else []), *_crowded(options.device, host)]
+    warnings = [
+        *chosen.warnings,
+        *spec.notes,
+        *([_MEASURED] if measured else []),
+        *_crowded(options.device, host),
+    ]
     return Plan(
         model=summary,
         engine=chosen.name,

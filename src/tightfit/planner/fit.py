@@ -160,7 +160,7 @@ def _smallest_devices(options: PlanOptions, replan: Replan, sizes: Sequence[int]
                 continue
             plan = replan(replace(options, device=device, tensor_parallel_size=size))
             if plan.verdict.fits:
-                count = len(plan.ranks)
+                count = len(plan.ranks) * options.data_parallel_size
                 found.append(Candidate(device=device, count=count, plan=plan))
                 break
     found.sort(key=lambda one: (one.total_bytes, one.count))

@@ -18,6 +18,8 @@ class Engine(ABC):
     version: str
     not_modelled: tuple[str, ...]
     """What this model leaves out, so that nobody takes it for zero."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of plans for this engine, such as an unknown version."""
     models_driver: bool = False
     """Whether the components add up to what the driver of the device will show."""
     held_back_blocks: int = 0

@@ -1,33 +1,29 @@
 """vLLM's start-up budget: what it grants the KV cache, in its own words.
 
 Sources, all relative to the vLLM 0.32 package: `config/cache.py` (utilization),
-`engine/arg_utils.py: get_batch_defaults` (batch sizes), `v1/core/kv_cache_utils.py` (blocks, checks
-and messages), `config/vllm.py: max_in_flight_tokens`.
+`engine/arg_utils.py: get_batch_defaults` (batch sizes), `v1/core/kv_cache_utils.py` (checks and
+messages).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError, UsageError
-from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Engine
 from tightfit.planner.engines.vllm_captures import captured_sizes, cudagraph_mode
+from tightfit.planner.engines.vllm_kv import layout, packed_latents, usual_block
 from tightfit.planner.engines.vllm_memory import components
 from tightfit.planner.engines.vllm_setting import Setting
-from tightfit.planner.engines.vllm_versions import Rules, default_runner, rules_of
-from tightfit.planner.kv_cache import CacheDtypes, KVLayout, kv_layout, layer_kinds
+from tightfit.planner.engines.vllm_versions import Rules, default_runner, is_newer, rules_of
+from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
 from tightfit.planner.resolve import resolve_dtype, resolve_kv_dtype, resolve_max_model_len
 from tightfit.planner.weights import offloadable
-from tightfit.units import TORCH_DTYPES, GiB, dtype_bytes
-
-_LATENT_BLOCK = 64
-"""Tokens of a block where only FlashMLA reads the cache: fp8 latents, and sparse attention."""
+from tightfit.units import GiB, dtype_bytes
 
 
 class VLLM(Engine):
@@ -46,9 +42,22 @@ class VLLM(Engine):
         self.rules = rules_of(version)
         self.version = version or self.rules.version
         self.held_back_blocks = self.rules.null_block
+        if is_newer(self.version):
+            known = self.rules.version
+            self.warnings = (f"vLLM {self.version} is newer than {known}, whose rules were used",)
 
     def parallel(self, options: PlanOptions) -> Parallel:
-        """Even shares only, as vLLM demands."""
+        """Even shares only, as vLLM demands.
+
+        Raises:
+            UsageError: context parallel ranks that tensor parallel ones cannot be shared among.
+        """
+        tp, dcp = options.tensor_parallel_size, options.decode_context_parallel_size
+        if tp % dcp:
+            raise UsageError(
+                f"--decode-context-parallel-size {dcp} does not divide --tensor-parallel-size {tp}",
+                hint="the ranks of a layer share the context",
+            )
         return Parallel(
             tensor_parallel_size=options.tensor_parallel_size,
             pipeline_parallel_size=options.pipeline_parallel_size,
@@ -113,13 +122,15 @@ class VLLM(Engine):
         kv_dtype = resolve_kv_dtype(spec, options, dtype.value)
         return Resolved(
             dtype=dtype,
-            kv_cache_dtype=_packed_latents(spec, kv_dtype),
+            kv_cache_dtype=packed_latents(spec, kv_dtype),
             max_model_len=length,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
             gpu_memory_utilization=pick(options.gpu_memory_utilization, self.rules.utilization),
             kv_cache_memory_bytes=pick(options.kv_cache_memory_bytes, None),
-            block_size=pick(options.block_size, _block_size(spec, kv_dtype.value)),
+            block_size=pick(
+                options.block_size, usual_block(spec, kv_dtype.value, self.device, self.rules)
+            ),
             tensor_parallel_size=flag(options.tensor_parallel_size),
             pipeline_parallel_size=flag(options.pipeline_parallel_size),
             data_parallel_size=pick(_unless(options.data_parallel_size, 1), 1),
@@ -237,41 +248,12 @@ class VLLM(Engine):
         )
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
-        """Hybrid groups, of the whole model; see `_steps` for what is in flight."""
-        asked, rules = resolved.asked, self.rules
-        windows = rules.hybrid_groups and not asked.disable_hybrid_kv_cache_manager
-        dtypes = _cache_dtypes(resolved)
-        stages = [
-            layer_kinds(spec, replace(rank, pp_rank=stage), dtypes, windows=windows)
-            for stage in range(rank.parallel.pipeline_parallel_size)
-        ]
-        tokens = resolved.max_num_batched_tokens.value
-        caching = resolved.enable_prefix_caching
-        return kv_layout(
-            stages[rank.pp_rank],
-            stages=stages,
-            stage=rank.pp_rank,
-            block_size=resolved.block_size.value,
-            latent_multiple=rules.latent_multiple,
-            in_flight_tokens=self._steps(rank.parallel, resolved) * tokens,
-            state_blocks=2 if caching is not None and caching.value else 1,
-            encoder_tokens=max(spec.encoder_tokens, tokens) if spec.encoder_tokens else 0,
-            padding_ratio=rules.padding_ratio,
-            context_parallel_size=asked.decode_context_parallel_size,
-        )
+        """See `vllm_kv`.
 
-    def _steps(self, parallel: Parallel, resolved: Resolved) -> int:
-        """Steps whose tokens a window holds (`config/vllm.py: max_concurrent_batches`).
-
-        One for each stage; asynchronous scheduling adds one, unless the V1 runner has stages.
+        Raises:
+            UsageError: context parallelism, and layers with a window.
         """
-        if not self.rules.steps_in_flight:
-            return 1
-        stages, overlap = parallel.pipeline_parallel_size, resolved.async_scheduling
-        old = resolved.model_runner is not None and resolved.model_runner.value == "v1"
-        if overlap is None or not overlap.value or (old and stages > 1):
-            return stages
-        return stages + 1
+        return layout(spec, rank, resolved, self.rules)
 
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """`v1/worker/utils.py: request_memory`."""
@@ -325,40 +307,6 @@ def _quantization(spec: ModelSpec, options: PlanOptions) -> Option[str | None]:
         return Option(value=options.quantization, origin="flag")
     name = None if spec.quantization is None else spec.quantization.name
     return Option(value=name, origin="config")
-
-
-def _latents(spec: ModelSpec) -> list[LatentAttention]:
-    mixers = (mixer for layer in spec.layers for mixer in layer.mixers)
-    return [mixer for mixer in mixers if isinstance(mixer, LatentAttention) and mixer.absorbed]
-
-
-def _packed_latents(spec: ModelSpec, dtype: Option[str]) -> Option[str]:
-    """Sparse attention has rows of its own for an fp8 cache (`models/config.py`)."""
-    sparse = any(latent.index_topk for latent in _latents(spec))
-    if sparse and dtype.value.startswith("F8"):
-        return Option(value="fp8_ds_mla", origin=dtype.origin)
-    return dtype
-
-
-def _block_size(spec: ModelSpec, kv_dtype: str) -> int:
-    """`platforms/cuda.py`: the smallest block that the attention backend takes on Hopper."""
-    latents = _latents(spec)
-    if latents and (kv_dtype.startswith(("F8", "fp8")) or any(one.index_topk for one in latents)):
-        return _LATENT_BLOCK
-    return 16
-
-
-def _cache_dtypes(resolved: Resolved) -> CacheDtypes:
-    asked, model = resolved.asked, resolved.dtype.value
-    conv = model if asked.mamba_cache_dtype == "auto" else TORCH_DTYPES[asked.mamba_cache_dtype]
-    ssm = asked.mamba_ssm_cache_dtype
-    return CacheDtypes(
-        tokens=resolved.kv_cache_dtype.value,
-        conv=conv,
-        ssm=conv if ssm == "auto" else TORCH_DTYPES[ssm],
-        # `NemotronHForCausalLMConfig`: the config's dtype is for `auto` only.
-        given=frozenset() if ssm == "auto" else frozenset({"ssm"}),
-    )
 
 
 def _batch_defaults(rules: Rules, device: Device | None, entrypoint: str) -> tuple[int, int]:

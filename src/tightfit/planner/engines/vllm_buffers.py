@@ -38,25 +38,13 @@ def after_load(setting: Setting) -> Component:
     formula += f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}"
     if absorbed:
         formula += f"; copies of kv_b_proj that latent attention absorbs: {absorbed}"
-    dropped = _dropped(setting)
-    if dropped:
-        formula += f"; what kernels do not need and drop: -{dropped}"
     if padded:
         formula += f"; experts padded to multiples of {_MXFP4_WIDTH} for their kernels: {padded}"
     return Component(
         name="weights_after_load",
-        planned_bytes=sum(tables) + lost + absorbed + padded - dropped,
+        planned_bytes=sum(tables) + lost + absorbed + padded,
         origin="derived",
         formula=formula,
-    )
-
-
-def _dropped(setting: Setting) -> int:
-    """Placeholders that repacking for kernels removes: the zero points of symmetric GPTQ."""
-    return sum(
-        dtype_bytes(weight.held_dtype("BF16"), prod(weight.rank_shape(setting.rank)))
-        for weight in held(setting.spec, setting.rank)
-        if weight.dropped
     )
 
 

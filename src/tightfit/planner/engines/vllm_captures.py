@@ -96,7 +96,8 @@ def capture_sizes(
     if captures is Captures.EIGHTS:
         return (1, 2, 4, *range(8, (maximum or limit) + 1, 8))
     top = maximum or min(2 * max_num_seqs, limit)
-    if captures is Captures.EIGHTS_OF_BATCH:
+    # A maximum of its own, as gpt-oss has, came with steps of 16 in every version.
+    if captures is Captures.EIGHTS_OF_BATCH and maximum is None:
         return tuple(size for size in (1, 2, 4, *range(8, top + 1, 8)) if size <= top)
     top = min(top, max_num_batched_tokens)
     found = {size for size in (1, 2, 4, *range(8, 256, 8)) if size <= top}

@@ -24,6 +24,7 @@ from tightfit.planner.engines.vllm_host import (
     LIBRARY_BYTES,
     worker_bytes,
 )
+from tightfit.planner.engines.vllm_kv import latents
 from tightfit.planner.engines.vllm_setting import Setting
 from tightfit.planner.options import Option, PlanOptions, Resolved, pick
 from tightfit.planner.plan import Component
@@ -72,7 +73,7 @@ class VLLMCPU(VLLM):
         resolved = super().resolve(spec, replace(base, max_num_seqs=seqs))
         length = resolved.max_model_len.value
         default = self.default_tokens(spec, options, length, tokens, seqs)
-        latent = _has_latents(spec)
+        latent = bool(latents(spec))
         if latent and self._minor >= (0, 32):
             # Without AMX prompts are not chunked, whatever the user asks.
             batched = Option(value=max(length, 2048), origin="engine default")
@@ -113,7 +114,7 @@ class VLLMCPU(VLLM):
         return Option(value=OLD_POOL_BYTES, origin="engine default")
 
     def _block_size(self, spec: ModelSpec, options: PlanOptions) -> Option[int]:
-        if _has_latents(spec) and self._minor >= (0, 32):
+        if latents(spec) and self._minor >= (0, 32):
             return Option(value=_LATENT_BLOCK, origin="engine default")
         size = pick(options.block_size, 128 if self._minor >= (0, 12) else 16)
         windowed = any(getattr(m, "window", None) for layer in spec.layers for m in layer.mixers)
@@ -164,11 +165,6 @@ def _asked_pool(options: PlanOptions) -> int | None:
     return int(space) * GiB
 
 
-def _has_latents(spec: ModelSpec) -> bool:
-    mixers = (mixer for layer in spec.layers for mixer in layer.mixers)
-    return any(isinstance(mixer, LatentAttention) and mixer.absorbed for mixer in mixers)
-
-
 def _after_load(setting: Setting) -> Component:
     """Rope tables, absorbed latents, and tables that oneDNN packs without freeing the original.
 
@@ -178,8 +174,7 @@ def _after_load(setting: Setting) -> Component:
     tables = [rope_rows(rope) * rope.rotary_dim * b for rope in ropes(setting.layers)]
     copies = sum(_vocabulary_bytes(setting, name) for name in _vocabularies(setting))
     mixers = (mixer for layer in setting.layers for mixer in layer.mixers)
-    latents = (m.absorbed_elements(rank) * b for m in mixers if isinstance(m, LatentAttention))
-    absorbed = sum(latents)
+    absorbed = sum(m.absorbed_elements(rank) * b for m in mixers if isinstance(m, LatentAttention))
     formula = "rope tables (positions x rotary_dim x b): " + (" + ".join(map(str, tables)) or "0")
     formula += f"; packed copies of the embedding and the head: {copies}"
     if absorbed:

@@ -47,9 +47,11 @@ def graphs(setting: Setting) -> Component | None:
 
 
 def _full_sizes(setting: Setting) -> list[int]:
-    """Full graphs are captured for batches of decodes only."""
+    """Full graphs are captured for batches of decodes only, unless there are no others."""
     if not setting.cudagraph_mode.startswith("FULL"):
         return []
+    if setting.cudagraph_mode == "FULL":
+        return list(setting.capture_sizes)
     return [size for size in setting.capture_sizes if size <= setting.max_num_seqs]
 
 

@@ -8,7 +8,6 @@ for the others they are carried over.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -93,6 +92,8 @@ class Rules:
     """Sliding layers have groups of their own; else they keep all tokens."""
     padding_ratio: float
     """See `kv_cache.kv_layout`."""
+    smallest_blocks: bool
+    """Without a size from the user, blocks are the smallest that the backend takes."""
     latent_multiple: int
     """Beside recurrent layers, a block of latent attention is a multiple of so many tokens."""
     copies_absorbed: bool
@@ -139,6 +140,7 @@ _0_8_5 = Rules(
     null_block=0,
     hybrid_groups=False,
     padding_ratio=1.0,
+    smallest_blocks=False,
     latent_multiple=1,
     copies_absorbed=False,
     tokens_from_concurrency=False,
@@ -162,7 +164,12 @@ _0_12_0 = replace(
 )
 _0_15_1 = replace(_0_12_0, version="0.15.1", async_scheduling=True)
 _0_19_1 = replace(
-    _0_15_1, version="0.19.1", padding_ratio=1.5, native_sampler=False, keeps_workspace=True
+    _0_15_1,
+    version="0.19.1",
+    padding_ratio=1.5,
+    smallest_blocks=True,
+    native_sampler=False,
+    keeps_workspace=True,
 )
 _0_20_2 = replace(
     _0_19_1,
@@ -213,11 +220,12 @@ _RULES: tuple[Rules, ...] = (
     _0_32_0,
     _0_33_0,
 )
-VERSIONS: Mapping[str, Rules] = {rules.version: rules for rules in _RULES}
 
 
 def rules_of(version: str | None) -> Rules:
     """The rules of a version; of a version between two that are known, those of the earlier minor.
+
+    Newer ones get the newest rules; see `is_newer`.
 
     Raises:
         UsageError: not a version, or older than 0.8.
@@ -233,6 +241,12 @@ def rules_of(version: str | None) -> Rules:
             f"vLLM {text} is not modelled", hint="modelled: 0.8 to 0.33; see docs/formulas.md"
         )
     return older[-1]
+
+
+def is_newer(version: str) -> bool:
+    """Whether a version came after the last one whose sources were read."""
+    match = re.match(r"v?(\d{1,4})\.(\d{1,4})", version)
+    return match is not None and (int(match[1]), int(match[2])) > _minor(_RULES[-1])
 
 
 def _minor(rules: Rules) -> tuple[int, int]:
