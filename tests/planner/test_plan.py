@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.configs import MODELS, read_spec
+from support.configs import MODELS, read_config, read_spec
 from tightfit import __version__
 from tightfit.errors import TightfitError, UnsupportedModelError
+from tightfit.model.families import model_spec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE, Device
 from tightfit.planner.options import PlanOptions
@@ -212,3 +213,14 @@ def test_every_model_can_be_planned(name: str) -> None:
     plan = make_plan(spec, options, name=name)
     weights = plan.ranks[0].component("weights").planned_bytes
     assert plan.verdict.fits is (weights < 0.9 * CATALOGUE["h200-141gb"].total_bytes)
+
+
+def test_what_kernels_drop_after_loading_makes_no_component_negative() -> None:
+    """The zero points of a symmetric GPTQ checkpoint: 4 bits of 128 weights, loaded and dropped."""
+    config = read_config("Llama-3.1-70B")
+    quantized = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
+    config["quantization_config"] = {**quantized, "desc_act": False}
+    rank = make_plan(model_spec(config), PlanOptions(), name="it").ranks[0]
+    linear = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28_672 * 8192)
+    assert rank.component("weights").detail["dropped_bytes"] == linear // 128 // 2
+    assert all(component.planned_bytes >= 0 for component in rank.components)

@@ -111,6 +111,8 @@ def weight_parts(spec: ModelSpec, rank: Rank, dtype: str) -> tuple[Part, ...]:
     """The weights of a rank by what they are for and by dtype, the largest first."""
     totals: dict[tuple[str, str], tuple[int, int]] = {}
     for weight in held(spec, rank):
+        if weight.dropped:
+            continue
         key = (_kind(weight.name), weight.held_dtype(dtype))
         elements = weight.census(rank).elements
         count, nbytes = totals.get(key, (0, 0))

@@ -12,17 +12,21 @@ from tightfit.units import dtype_bytes
 
 
 def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
-    """Bytes of all parameters of a rank when the engine computes in `dtype`.
+    """Bytes of the parameters that a rank holds when the engine computes in `dtype`.
 
-    `detail` says how much of it is padding, and how much a lower rank holds as well.
+    `detail` says how much of it is padding, how much a lower rank holds as well, and what was
+    loaded beside it and dropped.
 
     Raises:
         LayoutError: the model cannot be cut that way.
     """
-    total = padding = copies = 0
+    total = padding = copies = dropped = 0
     for group in _groups(spec):
         census, count = group.weight.census(rank), group.on_rank(rank, spec.num_layers)
         size = dtype_bytes(group.weight.held_dtype(dtype)) * count
+        if group.weight.dropped:
+            dropped += census.elements * size
+            continue
         total += census.elements * size
         padding += census.padding * size
         copies += census.copies * size
@@ -35,12 +39,12 @@ def weights_component(spec: ModelSpec, rank: Rank, dtype: str) -> Component:
     formula += f": {total:,} bytes"
     if padding or copies:
         formula += f", {padding:,} of them padding and {copies:,} copies of a lower rank's"
+    detail = {"padding_bytes": padding, "copied_bytes": copies}
+    if dropped:
+        formula += f"; {dropped:,} more are loaded, and dropped because kernels do not need them"
+        detail["dropped_bytes"] = dropped
     return Component(
-        name="weights",
-        planned_bytes=total,
-        origin="exact",
-        formula=formula,
-        detail={"padding_bytes": padding, "copied_bytes": copies},
+        name="weights", planned_bytes=total, origin="exact", formula=formula, detail=detail
     )
 
 
