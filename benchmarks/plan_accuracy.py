@@ -23,6 +23,8 @@ from tightfit.planner.plan import Plan
 from tightfit.units import GiB, MiB
 
 HERE = Path(__file__).parent
+CONSTANT_BYTES = 2 * GiB
+"""All that a simple planner adds to the exact weights of a rank; other planners do no better."""
 OPTIONS = {field.name for field in fields(PlanOptions)}
 
 
@@ -32,6 +34,7 @@ class Row:
 
     id: str
     kv_planned: float
+    kv_constant: float
     kv_measured: float
     total: float
     blocks_planned: int
@@ -98,6 +101,13 @@ def plan_of(row: Mapping[str, Any], configs: Path) -> Plan:
     return make_plan(spec, options(row), name=row["config"])
 
 
+def by_constant(plan: Plan) -> int:
+    """What would be left for the KV cache of the first rank, if it took its weights and 2 GiB."""
+    rank = plan.ranks[0]
+    assert rank.budget_bytes is not None
+    return rank.budget_bytes - rank.component("weights").planned_bytes - CONSTANT_BYTES
+
+
 def compare(row: Mapping[str, Any], plan: Plan) -> Row:
     """Put a plan beside its measurement."""
     exact, rank = row.get("bytes", {}), plan.ranks[0]
@@ -110,6 +120,7 @@ def compare(row: Mapping[str, Any], plan: Plan) -> Row:
     return Row(
         id=row["id"],
         kv_planned=plan.kv_cache.available_bytes / GiB,
+        kv_constant=by_constant(plan) / GiB,
         kv_measured=exact["available_kv"] / GiB if exact else row["available_kv_gib"],
         total=exact["total"] / GiB if exact else row["total_gib"],
         blocks_planned=plan.kv_cache.num_blocks,
@@ -166,6 +177,10 @@ def summary(rows: list[Row]) -> Iterator[str]:
 
     yield line("KV cache, % of the device", [row.of_device for row in rows], "%")
     yield line("KV cache, % of the pool", [row.of_pool for row in rows], "%")
+    of_device = [100 * (row.kv_constant - row.kv_measured) / row.total for row in rows]
+    of_pool = [100 * (row.kv_constant / row.kv_measured - 1) for row in rows]
+    yield line("  by weights + 2.0 GiB", of_device, "% of the device")
+    yield line("  by weights + 2.0 GiB", of_pool, "% of the pool")
     over = [row for row in rows if row.of_device > 0]
     most = max((row.of_device for row in over), default=0.0)
     yield f"{'over-promises':<26} {len(over)} of {len(rows)}, at most {most:+.2f} % of the device"
