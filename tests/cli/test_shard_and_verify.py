@@ -99,9 +99,28 @@ def test_sources_without_weights(tiny_model: TinyModel, tmp_path: Path) -> None:
         2,
         "model has its weights in 'pytorch_model.bin', and tightfit reads safetensors only",
     )
-    assert tightfit("shard", tiny_model("llama"), tmp_path / "out").returncode == 0
-    done = tightfit("shard", tmp_path / "out", tmp_path / "again")
-    assert_error(done, 2, "out is sharded, and `tightfit shard` needs a plain checkpoint")
+
+
+def test_across_and_back(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, two, one = tiny_model("llama"), tmp_path / "two", tmp_path / "one"
+    assert tightfit("shard", model, two, "-tp", "2").returncode == 0
+    assert tightfit("shard", two, one).returncode == 0
+    done = tightfit("verify", one, "--against", model)
+    assert (done.returncode, done.stderr) == (0, "")
+    dry = tightfit("merge", one, tmp_path / "back", "--dry-run", "--json")
+    assert not (tmp_path / "back").exists()
+    done = tightfit("merge", one, tmp_path / "back", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    document = json.loads(done.stdout)
+    assert document == json.loads(dry.stdout) | {"written": True}
+    assert [file["name"] for file in document["files"]] == ["model.safetensors"]
+    done = tightfit("merge", two, tmp_path / "again")
+    assert done.stdout.startswith("wrote 21 tensors, ")
+    assert done.stdout.endswith(f"in 1 file to {tmp_path / 'again'}, from 2 ranks of {two}\n")
+    done = tightfit("merge", model, tmp_path / "other")
+    assert_error(done, 2, "llama is not sharded: there is nothing to merge")
+    done = tightfit("merge", tmp_path / "nothing", tmp_path / "other")
+    assert_error(done, 2, f"there is no directory {tmp_path / 'nothing'}")
 
 
 def test_verify_refuses(tiny_model: TinyModel, tmp_path: Path) -> None:

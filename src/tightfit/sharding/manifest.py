@@ -5,7 +5,7 @@ Engines ignore it. It is written last, so that a directory with a manifest is a 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from tightfit.model.layout import Parallel, Piece
 from tightfit.sharding.parts import Part
 
 FORMAT = 1
+ORIGINALS = "tightfit-originals.safetensors"
+"""What the ranks do not hold as it was: tensors that engines do not load, or compute with."""
 _LARGEST_BYTES = 2**30
 
 
@@ -76,10 +78,12 @@ class Manifest:
     source_name: str
     source_fingerprint: str
     files: tuple[StoredFile, ...]
+    left_out: Mapping[str, str | None] = field(default_factory=dict)
+    """Tensors of the source that no file holds, and of which other tensor they are a copy."""
 
     def rank_files(self, rank: int) -> tuple[StoredFile, ...]:
-        """The parts of one rank."""
-        return tuple(file for file in self.files if file.rank == rank)
+        """The parts of one rank, which an engine loads."""
+        return tuple(f for f in self.files if f.rank == rank and f.name != ORIGINALS)
 
     def to_json(self) -> dict[str, Any]:
         """The document."""
@@ -90,7 +94,11 @@ class Manifest:
             "architecture": self.architecture,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
-            "source": {"name": self.source_name, "fingerprint": self.source_fingerprint},
+            "source": {
+                "name": self.source_name,
+                "fingerprint": self.source_fingerprint,
+                "left_out": dict(self.left_out),
+            },
             "files": [
                 {
                     "name": file.name,
@@ -110,6 +118,7 @@ def make_manifest(
     parallel: Parallel,
     source_name: str,
     source_fingerprint: str,
+    left_out: Mapping[str, str | None],
     parts: Sequence[Part],
     checksums: Mapping[tuple[str, str], str],
 ) -> Manifest:
@@ -144,6 +153,7 @@ def make_manifest(
         source_name=source_name,
         source_fingerprint=source_fingerprint,
         files=files,
+        left_out=left_out,
     )
 
 
@@ -212,6 +222,10 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         source_name=_text(document["source"]["name"]),
         source_fingerprint=_text(document["source"]["fingerprint"]),
         files=files,
+        left_out={
+            name: None if twin is None else _text(twin)
+            for name, twin in document["source"].get("left_out", {}).items()
+        },
     )
 
 

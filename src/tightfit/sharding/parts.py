@@ -3,7 +3,8 @@
 Everything about the output is known before a byte is read: names, sizes, headers, offsets.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tightfit.checkpoint.header import encode_header
@@ -44,6 +45,14 @@ def file_name(rank: Rank, part: int) -> str:
 
 def make_parts(rank: Rank, tensors: Iterable[RankTensor], max_shard_bytes: int) -> tuple[Part, ...]:
     """Fill parts of at most `max_shard_bytes` of data; a larger tensor gets a part of its own."""
+    return tuple(
+        make_part(file_name(rank, number), rank, members)
+        for number, members in enumerate(fill(tensors, max_shard_bytes))
+    )
+
+
+def fill(tensors: Iterable[RankTensor], max_shard_bytes: int) -> list[list[RankTensor]]:
+    """Distribute tensors over files, in their order."""
     parts: list[list[RankTensor]] = [[]]
     room = max_shard_bytes
     for tensor in tensors:
@@ -52,22 +61,35 @@ def make_parts(rank: Rank, tensors: Iterable[RankTensor], max_shard_bytes: int) 
             room = max_shard_bytes
         parts[-1].append(tensor)
         room -= tensor.nbytes
-    return tuple(_part(rank, number, members) for number, members in enumerate(parts))
+    return parts
 
 
-def _part(rank: Rank, number: int, tensors: Sequence[RankTensor]) -> Part:
+def make_part(
+    name: str,
+    rank: Rank,
+    tensors: Sequence[RankTensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> Part:
+    """Give the tensors of one file their places."""
     # safetensors allows no gaps. In descending order of alignment every tensor begins at a multiple
     # of its own, and large ones at a page: good for mmap, direct reads and reflinks.
     ordered = sorted(tensors, key=lambda tensor: -_alignment(tensor.nbytes))
-    header = encode_header([(t.name, t.dtype, t.shape, t.nbytes) for t in ordered])
+    entries = [(t.name, t.dtype, t.shape, t.nbytes) for t in ordered]
+    header = encode_header(entries, metadata=metadata)
     placed: list[Placed] = []
     offset = len(header)
     for tensor in ordered:
         placed.append(Placed(tensor=tensor, offset=offset))
         offset += tensor.nbytes
-    return Part(name=file_name(rank, number), rank=rank, header=header, placed=tuple(placed))
+    return Part(name=name, rank=rank, header=header, placed=tuple(placed))
 
 
 def _alignment(nbytes: int) -> int:
     """The largest power of two that divides a size, at most a page."""
     return min(nbytes & -nbytes, PAGE_BYTES) if nbytes else PAGE_BYTES
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """To sort names by: layer 2 before layer 10."""
+    return tuple((int(w), "") if w.isdecimal() else (-1, w) for w in re.split(r"(\d+)", name))

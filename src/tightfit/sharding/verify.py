@@ -16,7 +16,7 @@ from tightfit.model.layout import Parallel
 from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.sharding.compare import equal
 from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
-from tightfit.sharding.shard import Progress, checksum
+from tightfit.sharding.progress import Progress, checksum
 from tightfit.sharding.stream import SourceFiles
 
 

@@ -1,0 +1,84 @@
+"""`tightfit merge`: a plain checkpoint back from a sharded one."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.cli import options as o
+from tightfit.cli.output import guarded, note, one_line, print_json, progress
+from tightfit.errors import ConfigError, UsageError
+from tightfit.sharding.merge import MergeJob, prepare_merge
+from tightfit.sharding.merge import merge as write
+from tightfit.units import MiB, format_bytes, parse_bytes
+
+
+@guarded
+def merge(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Output of `tightfit shard`, or of vLLM's own script.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
+    ] = "5GB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
+    ] = False,
+    quiet: o.Quiet = False,
+    as_json: o.Json = False,
+) -> None:
+    """Put the files of all ranks together to the checkpoint that they were made of, byte for byte.
+
+    Example: tightfit merge ./Qwen3-8B-tp2 ./Qwen3-8B
+    """
+    size = parse_bytes(max_shard_size)
+    if size < MiB:
+        raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
+    if not directory.is_dir():
+        raise ConfigError(f"there is no directory {directory}", hint="check the path")
+    job = prepare_merge(open_checkpoint(str(directory)), max_shard_bytes=size)
+    if not dry_run:
+        with progress(quiet=quiet) as bars:
+            write(job, out, bars)
+    if job.not_returned and not quiet:
+        note(
+            f"{len(job.not_returned)} tensors of the source, such as {job.not_returned[0]!r}, are "
+            "not loaded by engines, and were left out when it was sharded"
+        )
+    if as_json:
+        print_json(_document(job, out, dry_run))
+    elif dry_run or not quiet:
+        tensors = sum(len(part.placed) for part in job.parts)
+        verb = "would write" if dry_run else "wrote"
+        count = len(job.parts)
+        print(
+            one_line(
+                f"{verb} {tensors:,} tensors, {format_bytes(job.output_bytes)}, in {count} "
+                f"file{'s' if count > 1 else ''} to {out}, from {job.ranks.parallel.world_size} "
+                f"rank{'s' if job.ranks.parallel.world_size > 1 else ''} of {directory}"
+            )
+        )
+
+
+def _document(job: MergeJob, out: Path, dry_run: bool) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "output": str(out),
+        "written": not dry_run,
+        "layout": job.ranks.layout,
+        "tensor_parallel_size": job.ranks.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": job.ranks.parallel.pipeline_parallel_size,
+        "total_bytes": job.output_bytes,
+        "not_returned": list(job.not_returned),
+        "files": [
+            {"name": part.name, "nbytes": part.nbytes, "tensors": len(part.placed)}
+            for part in job.parts
+        ],
+    }

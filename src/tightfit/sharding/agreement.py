@@ -1,0 +1,66 @@
+"""Whether rank files can be trusted before anything is made of them.
+
+Their bytes have to be those that the manifest vouches for, and what several ranks hold has to be
+the same everywhere.
+"""
+
+from tightfit.errors import VerificationError
+from tightfit.model.layout import Piece
+from tightfit.sharding.boxes import Replica, key, place
+from tightfit.sharding.compare import same
+from tightfit.sharding.copies import copies
+from tightfit.sharding.progress import Progress, checksum
+from tightfit.sharding.rank_files import RankFiles
+from tightfit.sharding.stream import SourceFiles
+
+
+def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -> None:
+    """Compare checksums and copies.
+
+    Raises:
+        VerificationError: a tensor is damaged, or ranks hold different copies of it.
+    """
+    held = ranks.manifest.files if ranks.manifest is not None else ()
+    total = sum(tensor.nbytes for file in held for tensor in file.tensors)
+    progress.phase("checksums", total)
+    for file in held:
+        fd = files.descriptor(file.name)
+        assert fd is not None
+        for tensor in file.tensors:
+            if checksum(fd, tensor.offset, tensor.nbytes, progress.advance) != tensor.xxh3:
+                raise VerificationError(
+                    f"{file.name}: {tensor.name!r} is damaged (its checksum differs)",
+                    hint="shard the model again, or fetch the file again from where it was whole",
+                )
+    for replica in ranks.replicas:
+        if not _agree(replica, files):
+            one, other = replica.owner.tensor, replica.copy.tensor
+            raise VerificationError(
+                f"{one.file} and {other.file} hold different copies of "
+                f"{replica.owner.piece.source!r}",
+                hint="they are of different models; shard the model again",
+            )
+
+
+def _agree(replica: Replica, files: SourceFiles) -> bool:
+    owner, copy = replica.owner, replica.copy
+    start, shape = place(replica.box, copy)
+    at, shape_there = place(replica.box, owner)
+    turned = copy.piece.transposed != owner.piece.transposed
+    target_shape = owner.tensor.shape
+    depth = len(shape) - len(target_shape)
+    if depth > 0:
+        at, target_shape = (0,) * depth + at, (1,) * depth + target_shape
+    assert turned or len(shape) != len(shape_there) or shape == shape_there
+    piece = Piece(
+        source=key(copy.tensor),
+        source_shape=copy.tensor.shape,
+        start=start,
+        shape=shape,
+        at=at,
+        transposed=turned,
+    )
+    fd = files.descriptor(owner.tensor.file)
+    assert fd is not None
+    planned = copies(piece, copy.tensor, target_shape, target=0, target_offset=owner.tensor.offset)
+    return all(same(fd, one, copy.tensor.file, files) for one in planned)

@@ -1,0 +1,231 @@
+"""Everything about a sharding job before the first byte is read: what goes where, and how."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from tightfit.checkpoint.checkpoint import Checkpoint
+from tightfit.checkpoint.describe import describe, require_weights
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import CheckpointError, LayoutError, UnsupportedModelError, UsageError
+from tightfit.model.aliases import require_own_names
+from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
+from tightfit.model.parameters import check_parallel
+from tightfit.model.spec import ModelSpec
+from tightfit.model.stored import StoredLayout, rank_tensors
+from tightfit.sharding.boxes import key, whole
+from tightfit.sharding.copies import TensorCopies, plan_copies
+from tightfit.sharding.gather import Gather, copied_bytes, plan
+from tightfit.sharding.manifest import ORIGINALS, source_fingerprint
+from tightfit.sharding.parts import Part, make_part, make_parts, natural
+from tightfit.sharding.rank_files import RankFiles, open_rank_files
+from tightfit.units import MiB
+
+_KEPT_BYTES = 256 * MiB
+"""What engines do not load is kept beside the ranks up to this size: all of it, or nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """Everything about a sharding job before the first byte is read.
+
+    `ranks` are those that it writes. `cut_again` is the source where that is a sharded directory
+    itself. `source_name`, `source_fingerprint` and `left_out` are for the manifest.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    layout: StoredLayout
+    parallel: Parallel
+    ranks: tuple[int, ...]
+    max_shard_bytes: int
+    parts: tuple[Part, ...]
+    copies: tuple[TensorCopies, ...]
+    gathers: tuple[Gather, ...] = ()
+    cut_again: RankFiles | None = None
+    source_name: str
+    source_fingerprint: str
+    left_out: Mapping[str, str | None]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all rank files."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of them that come from the source."""
+        return copied_bytes(self.copies, self.gathers)
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    layout: StoredLayout,
+    *,
+    tensor_parallel_size: int,
+    pipeline_parallel_size: int = 1,
+    max_shard_bytes: int,
+    ranks: Collection[int] | None = None,
+) -> ShardJob:
+    """Decide what goes where; `ranks` are those to write, or all.
+
+    Raises:
+        CheckpointError: the source lacks weights, or they are not what config.json says.
+        LayoutError: the model cannot be cut that way.
+        UnsupportedModelError: the architecture, or its quantization, cannot be sharded yet.
+        UsageError: there is no such rank.
+    """
+    cut_again = open_rank_files(checkpoint) if checkpoint.is_sharded else None
+    if cut_again is None:
+        require_weights(checkpoint, "shard")
+    spec = describe(checkpoint).spec
+    require_own_names(spec)
+    if not spec.verified_for_sharding:
+        raise UnsupportedModelError(
+            f"sharding {spec.architecture} is not supported: vLLM's names of its parameters have "
+            "not been verified",
+            hint="plan it with `tightfit plan`",
+        )
+    if spec.quantization is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is quantized, and sharding quantized checkpoints is not supported",
+            hint="shard the unquantized model",
+        )
+    parallel = Parallel(
+        tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
+        uneven=layout.uneven,
+    )
+    try:
+        check_parallel(spec, parallel)
+    except LayoutError as error:
+        # This raises by itself if our own runtime cannot do it either.
+        check_parallel(spec, replace(parallel, uneven=True))
+        hint = f"{error.hint}; or --layout builtin, which `tightfit run` loads"
+        raise LayoutError(error.message, hint=hint) from None
+    chosen = _chosen(ranks, parallel)
+    sources = checkpoint.tensors() if cut_again is None else cut_again.sources
+    tensors = {rank: rank_tensors(spec, rank, layout) for rank in parallel.ranks()}
+    parts = [
+        part
+        for rank in chosen
+        for part in make_parts(
+            rank, [_with_source_dtype(t, sources) for t in tensors[rank]], max_shard_bytes
+        )
+    ]
+    if cut_again is None:
+        pieces = [p for some in tensors.values() for tensor in some for p in tensor.pieces]
+        originals, left_out = _originals(spec, sources, pieces)
+    else:
+        originals = sorted(cut_again.originals.values(), key=lambda info: natural(info.name))
+        left_out = dict(cut_again.manifest.left_out) if cut_again.manifest is not None else {}
+    if originals and chosen[0].rank == 0:
+        # After the other files of the rank, so that the order does not depend on who writes what.
+        at = sum(part.rank.rank == 0 for part in parts)
+        parts.insert(at, _whole(chosen[0], originals))
+    gathers: tuple[Gather, ...] = ()
+    if cut_again is None:
+        copies = plan_copies(parts, sources)
+    else:
+        copies, gathers = plan(_from_ranks(parts, cut_again), cut_again.infos)
+    manifest = cut_again.manifest if cut_again is not None else None
+    return ShardJob(
+        checkpoint=checkpoint,
+        spec=spec,
+        layout=layout,
+        parallel=parallel,
+        ranks=tuple(rank.rank for rank in chosen),
+        max_shard_bytes=max_shard_bytes,
+        parts=tuple(parts),
+        copies=copies,
+        gathers=gathers,
+        cut_again=cut_again,
+        source_name=checkpoint.name if manifest is None else manifest.source_name,
+        source_fingerprint=(
+            source_fingerprint(sources) if manifest is None else manifest.source_fingerprint
+        ),
+        left_out=left_out,
+    )
+
+
+def _chosen(ranks: Collection[int] | None, parallel: Parallel) -> tuple[Rank, ...]:
+    if ranks is None:
+        return parallel.ranks()
+    size = parallel.world_size
+    wrong = [rank for rank in ranks if not 0 <= rank < size]
+    if wrong or not ranks:
+        raise UsageError(
+            f"there is no rank {wrong[0]}" if wrong else "no rank was chosen",
+            hint=f"ranks go from 0 to {size - 1} (--ranks 0-{size - 1})",
+        )
+    return tuple(rank for rank in parallel.ranks() if rank.rank in ranks)
+
+
+def _originals(
+    spec: ModelSpec, tensors: Mapping[str, TensorInfo], pieces: Iterable[Piece]
+) -> tuple[list[TensorInfo], dict[str, str | None]]:
+    """What is kept as it was, and what is left out with the name of its twin if it has one."""
+    computed: set[str] = set()
+    copied: set[str] = set()
+    for piece in pieces:
+        (computed if piece.decay else copied).add(piece.source)
+    kept, known = [tensors[name] for name in computed], computed | copied
+    extra = [info for name, info in tensors.items() if name not in known]
+    left_out: dict[str, str | None] = {}
+    head = f"{spec.names.head}.weight"
+    if spec.tie_word_embeddings and head in tensors and head not in copied:
+        left_out[head] = f"{spec.names.embedding}.weight"
+        extra = [info for info in extra if info.name != head]
+    if sum(info.nbytes for info in extra) <= _KEPT_BYTES:
+        kept += extra
+    else:
+        left_out |= {info.name: None for info in extra}
+    return sorted(kept, key=lambda info: natural(info.name)), dict(sorted(left_out.items()))
+
+
+def _whole(rank: Rank, originals: Iterable[TensorInfo]) -> Part:
+    tensors = [
+        RankTensor(
+            name=info.name,
+            parameter=None,
+            dtype=info.dtype,
+            shape=info.shape,
+            pieces=(whole(info, info.name),),
+        )
+        for info in originals
+    ]
+    return make_part(ORIGINALS, rank, tensors)
+
+
+def _from_ranks(parts: Iterable[Part], ranks: RankFiles) -> list[Part]:
+    """The same parts, with the pieces where the files of other ranks hold them."""
+    found: list[Part] = []
+    for part in parts:
+        placed = []
+        for one in part.placed:
+            if part.name == ORIGINALS:
+                info = ranks.originals[one.tensor.name]
+                pieces: tuple[Piece, ...] = (whole(info, key(info)),)
+            else:
+                pieces = tuple(p for piece in one.tensor.pieces for p in ranks.compose(piece))
+            placed.append(replace(one, tensor=replace(one.tensor, pieces=pieces)))
+        found.append(replace(part, placed=tuple(placed)))
+    return found
+
+
+def _with_source_dtype(tensor: RankTensor, sources: Mapping[str, TensorInfo]) -> RankTensor:
+    """Keep the dtype of the source, whatever config.json says; engines cast on loading."""
+    if any(piece.decay for piece in tensor.pieces):
+        return tensor
+    for piece in tensor.pieces:
+        if piece.source not in sources:
+            raise CheckpointError(
+                f"there is nothing of {piece.source!r}, which {tensor.name!r} is made of",
+                hint="files are missing, or config.json belongs to another model",
+            )
+    dtypes = {sources[piece.source].dtype for piece in tensor.pieces}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"the parts of {tensor.name!r} have different dtypes: {', '.join(sorted(dtypes))}",
+            hint="save the model in one dtype",
+        )
+    return replace(tensor, dtype=dtypes.pop()) if dtypes else tensor
