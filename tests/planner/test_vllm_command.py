@@ -233,6 +233,7 @@ def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
         ("vllm serve a -O9", "-O 9 is no level"),
         ("LLM(model=", "not Python"),
         ("vllm serve " + "a" * 70_000, "characters"),
+        ("vllm serve a --config b\0.yaml", "null byte"),
     ],
 )
 def test_commands_that_vllm_would_refuse(text: str, match: str) -> None:

@@ -47,6 +47,8 @@ def parse_command(text: str) -> ParsedCommand:
     """
     if len(text) > MAX_TEXT:
         raise UsageError(f"the command has {len(text):,} characters", hint=f"at most {MAX_TEXT:,}")
+    if "\0" in text:
+        raise UsageError("the command holds a null byte", hint="copy it again, as text")
     if re.search(r"\b(?:LLM|EngineArgs|AsyncEngineArgs)\s*\(", text):
         from tightfit.planner.vllm_python import parse_call
 
