@@ -161,6 +161,32 @@ def test_decay_rates(dtype: torch.dtype, name: str) -> None:
     assert torch.equal(found, -torch.exp(values.double()).float())
 
 
+def test_pipeline_stages(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Every stage has its layers, in files that vLLM finds by stage and rank."""
+    model = tiny_model("llama_tied")
+    manifest = write_shards(model, tmp_path / "out", 2, pipeline_parallel_size=2)
+    assert (manifest.tensor_parallel_size, manifest.pipeline_parallel_size) == (2, 2)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-pp-{pp}-tp-{tp}-part-0.safetensors" for pp in (0, 1) for tp in (0, 1)]
+    config = open_checkpoint(str(tmp_path / "out")).config
+    report = verify(tmp_path / "out", config, NoProgress(), open_checkpoint(str(model)))
+    assert report.problems == ()
+    write_shards(model, tmp_path / "whole", 2)
+    for tp in (0, 1):
+        whole = read_rank(tmp_path / "whole", tp)
+        stages = [
+            load_file(tmp_path / "out" / f"model-pp-{pp}-tp-{tp}-part-0.safetensors")
+            for pp in (0, 1)
+        ]
+        assert stages[0].keys() & stages[1].keys() == set()
+        # The first stage has the table as embedding, the last one as head.
+        table = stages[0].pop("model.embed_tokens.weight")
+        assert torch.equal(table, stages[1]["lm_head.weight"])
+        both = stages[0] | stages[1]
+        assert both.keys() == whole.keys()
+        assert all(torch.equal(both[name], whole[name]) for name in whole)
+
+
 def boxes() -> list[tuple[tuple[int, ...], Piece, tuple[int, ...]]]:
     """(source shape, piece, target shape) of every kind of box."""
 
