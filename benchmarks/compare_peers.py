@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import RESULTS, Run, observe, record
+from measure import RESULTS, Run, observe, record, with_bytecode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -131,6 +131,7 @@ def compare(tools: list[Tool], environments: Path, rounds: int, torch: str) -> d
                     left_out[tool.name] = text.strip().splitlines()[-1][:200]
                     continue
             environment = hub.env(Path(cache) / tool.name, COLUMNS="200")
+            environment = with_bytecode(environment, Path(cache) / "bytecode" / tool.name)
             cells = measured(tool, at, environment, min(rounds, tool.rounds))
             rows[tool.name] = {
                 "version": tool.requirements[0].partition("==")[2] if tool.requirements else None,
