@@ -72,7 +72,8 @@ def _verdict(plan: Plan) -> Text:
 
 def _subject(plan: Plan) -> str:
     options = plan.options
-    ranks = len(plan.ranks)
+    replicas = options.data_parallel_size
+    ranks = len(plan.ranks) * (1 if replicas is None else replicas.value)
     device = ""
     if plan.device is not None:
         cpu = plan.device.kind == "cpu"

@@ -27,6 +27,11 @@ class Device:
     """CUDA's compute capability, where it is known."""
 
     @property
+    def alone(self) -> bool:
+        """Whether a machine has only one, and shares its memory with it: DGX Spark."""
+        return self.name.startswith("gb10-")
+
+    @property
     def bfloat16(self) -> bool:
         """Whether it computes in bfloat16."""
         return self.capability is None or self.capability >= (8, 0)

@@ -184,7 +184,9 @@ def _inside(model: str) -> tuple[str, str | None]:
 
 
 def _remark(plan: Plan, local: str | None) -> str:
-    device = "" if plan.device is None else f" on {len(plan.ranks)} x {plan.device.name}"
+    replicas = plan.options.data_parallel_size
+    count = len(plan.ranks) * (1 if replicas is None else replicas.value)
+    device = "" if plan.device is None else f" on {count} x {plan.device.name}"
     lines = [f"{plan.model.name}{device} with vLLM {plan.engine_version}, as planned by tightfit"]
     if local is not None:
         lines.append(f"Put the directory {local} into the volume `models` first")

@@ -21,7 +21,7 @@ SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """So many devices of one kind, on which the model fits."""
+    """So many devices of one kind, of all replicas, on which the model fits."""
 
     device: Device
     count: int
@@ -156,7 +156,7 @@ def _smallest_devices(options: PlanOptions, replan: Replan, sizes: Sequence[int]
         if dtype == "BF16" and not device.bfloat16:
             continue
         for size, bytes_needed in least.items():
-            if bytes_needed > device.total_bytes:
+            if bytes_needed > device.total_bytes or (size > 1 and device.alone):
                 continue
             plan = replan(replace(options, device=device, tensor_parallel_size=size))
             if plan.verdict.fits:

@@ -27,11 +27,6 @@ def shortage_bytes(plan: Plan) -> int:
     return shortage
 
 
-def spare_share(plan: Plan) -> float | None:
-    """`spare_bytes` as a share of the device; None without one."""
-    return None if plan.device is None else spare_bytes(plan) / plan.device.total_bytes
-
-
 def _left(rank: RankPlan) -> int:
     """What the budget leaves to the pool."""
     held = rank.total_bytes - rank.component("kv_cache").planned_bytes

@@ -240,7 +240,10 @@ def kv_layout(
         UnsupportedModelError: no layer of the rank keeps anything.
     """
     if not kinds:
-        raise UnsupportedModelError("a model whose layers keep nothing has no KV cache to plan")
+        raise UnsupportedModelError(
+            "the layers of a pipeline stage keep nothing of their own: it has no KV cache to plan",
+            hint="use fewer pipeline stages",
+        )
     stages = stages or (kinds,)
     every = sum(stages, Counter())
     block_size = enlarged(every, block_size, latent_multiple)

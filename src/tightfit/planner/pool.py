@@ -32,8 +32,9 @@ class Fixed(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """The most of it that the device has to hold at a time."""
-        return max(self.total_bytes, self.resident_bytes)
+        """The most of it that the device has to hold at a time, less what torch only caches."""
+        cached = (c.resident_bytes for c in self.components if c.name == "allocator_cache")
+        return max(self.total_bytes, self.resident_bytes - sum(cached))
 
     def corrected(self, measured: Mapping[str, int]) -> "Fixed":
         """With what the user's own start-ups have taught."""
@@ -90,7 +91,7 @@ class Pool(NamedTuple):
     limit_bytes: int | None = None
     """Of a pool whose size the user gave: what its rank may hold, which is all of the device."""
     excess_bytes: int = 0
-    """What such a pool takes beyond that."""
+    """What the device lacks for everything that the engine holds, inside the budget or not."""
 
     def holds(self, length: int) -> bool:
         """Whether one sequence of `length` tokens fits."""
@@ -121,10 +122,12 @@ def pool_of(
     blocks = max(available(worst), 0) // worst.kv.bytes_per_block
     blocks = engine.pool_blocks(blocks, worst.kv, resolved)
     usable = max(blocks - engine.held_back_blocks, 0)
-    if explicit is None or device is None:
+    if device is None or (explicit is None and not (engine.models_driver and blocks)):
         return Pool(budget, worst, available(worst), usable, blocks)
-    # A pool of a given size is allocated whatever the budget is, until memory ends.
+    # A pool of a given size is allocated whatever the budget is, until memory ends; and what is
+    # outside the budget may be more than the utilization leaves.
     limit = device.total_bytes // (parallel.world_size if device.kind == "cpu" else 1)
     largest = max(one.peak_bytes + blocks * one.kv.bytes_per_block for one in fixed)
     excess = max(largest - limit, 0)
-    return Pool(budget, worst, available(worst), usable, blocks, limit, excess)
+    given = None if explicit is None else limit
+    return Pool(budget, worst, available(worst), usable, blocks, given, excess)

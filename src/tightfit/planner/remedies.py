@@ -81,9 +81,9 @@ def _more_devices(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
 
 _SCHEMES = {
     "fp8": "rounds weights and activations to 8 bits while loading: a little accuracy",
-    "w8a16": "8-bit weights after `tightfit quantize --scheme w8a16`: hardly any accuracy",
-    "w4a16": "4-bit weights after `tightfit quantize --scheme w4a16`: some accuracy",
-    "nvfp4": "4-bit floats after `tightfit quantize --scheme nvfp4`: some accuracy, Blackwell",
+    "w8a16": "a checkpoint quantized to 8-bit weights: hardly any accuracy",
+    "w4a16": "a checkpoint quantized to 4-bit weights, groups of 128: some accuracy",
+    "nvfp4": "a checkpoint quantized to 4-bit floats: some accuracy, needs Blackwell",
 }
 
 

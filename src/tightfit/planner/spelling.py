@@ -15,17 +15,8 @@ from typing import Any, get_args, get_origin
 from tightfit.errors import UsageError
 from tightfit.planner.devices import Device, device, this_machine
 from tightfit.planner.options import PlanOptions
+from tightfit.planner.vllm_flags import SHORT
 from tightfit.units import GiB, parse_bytes, parse_tokens
-
-ALIASES: Mapping[str, str] = {
-    "tp": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "dp": "data_parallel_size",
-    "dcp": "decode_context_parallel_size",
-    "ep": "enable_expert_parallel",
-    "cc": "compilation_config",
-}
-"""vLLM's short names."""
 
 _DEVICE = ("gpu", "gpu_memory")
 _INTERNAL = ("device", "tokenizer_json_bytes")
@@ -38,7 +29,7 @@ def option_name(text: str) -> str:
         UsageError: no such option.
     """
     name = text.strip().lstrip("-").replace("-", "_")
-    name = ALIASES.get(name, name)
+    name = SHORT.get(name, name)
     known = [*_DEVICE, *(n for n in PlanOptions.__annotations__ if n not in _INTERNAL)]
     if name not in known:
         from difflib import get_close_matches

@@ -75,7 +75,8 @@ def verdict_of(pool: Pool, engine: Engine, length: int, longest: int | None) -> 
         size, excess = format_bytes(pool.available_bytes), format_bytes(pool.excess_bytes)
         return Verdict(
             fits=False,
-            reason=f"with a KV cache of {size} a rank needs {excess} more than its device has",
+            reason=f"with a KV cache of {size} a rank needs {excess} more than its device has"
+            + ("" if pool.limit_bytes else ", for what is outside its budget"),
             engine_message=engine.out_of_memory,
             max_model_len_that_fits=longest,
         )

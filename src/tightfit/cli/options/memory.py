@@ -62,7 +62,7 @@ Quantization = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="Quantize while loading (fp8), or plan a scheme of `tightfit quantize`.",
+        help="Quantize while loading (fp8), or plan a checkpoint of a scheme such as w4a16.",
         show_default=False,
     ),
 ]

@@ -185,7 +185,7 @@ def scheme_recipe(spec: ModelSpec, scheme: str, *, group_size: int | None = None
     if scheme not in SCHEMES:
         raise UsageError(
             f"unknown --quantization {scheme!r}",
-            hint="vLLM's: " + ", ".join(ONLINE) + "; of `tightfit quantize`: " + ", ".join(SCHEMES),
+            hint="vLLM's: " + ", ".join(ONLINE) + "; of checkpoints: " + ", ".join(SCHEMES),
         )
     return Recipe(
         name=scheme,

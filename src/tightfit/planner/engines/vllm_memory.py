@@ -67,12 +67,6 @@ def _context(setting: Setting) -> Component:
     )
 
 
-def _communicates(setting: Setting) -> bool:
-    """Whether the rank is in a group of NCCL: replicas share nothing but experts."""
-    parallel = setting.rank.parallel
-    return parallel.world_size > 1 or (setting.has_experts and parallel.data_parallel_size > 1)
-
-
 def _topology(setting: Setting) -> str:
     """What was measured for NCCL: on Hopper with NVLink, or from logs of older devices."""
     return "nvlink" if setting.is_recent else "before_hopper"
