@@ -1,4 +1,4 @@
-"""Which GPU is the smallest that serves a model, in Python.
+"""Which of some GPUs serve a model, the smallest first, in Python.
 
 Run: python examples/smallest_gpu.py path/to/config.json [max_model_len]
 """
@@ -13,6 +13,8 @@ GPUS = ("l4", "rtx4090", "l40s", "a100-80gb", "h100", "h200")
 
 def main() -> None:
     """Print one line per GPU."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: smallest_gpu.py path/to/config.json [max_model_len]")
     model = sys.argv[1]
     length = sys.argv[2] if len(sys.argv) > 2 else "8k"
     for gpu in GPUS:
