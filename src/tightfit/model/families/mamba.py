@@ -27,6 +27,7 @@ def spec(config: Config) -> ModelSpec:
         norm_eps=config.positive("layer_norm_epsilon", default=1e-5),
         default_tied=not second,
         length_is_free=not config.has("max_position_embeddings"),
+        every_stage_has_norm=None if second else True,
     )
 
 
