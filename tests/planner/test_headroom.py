@@ -2,7 +2,7 @@ import pytest
 
 from support.configs import read_spec
 from tightfit.planner.assemble import make_plan
-from tightfit.planner.headroom import shortage_bytes, spare_bytes, spare_share
+from tightfit.planner.headroom import shortage_bytes, spare_bytes
 from tightfit.planner.plan import Plan
 from tightfit.planner.spelling import plan_options
 from tightfit.units import GiB
@@ -19,7 +19,6 @@ def test_what_is_left_beyond_one_sequence() -> None:
     assert done.device is not None
     assert spare_bytes(done) == kv.available_bytes - kv.reserved_bytes > 0
     assert shortage_bytes(done) == -spare_bytes(done)
-    assert spare_share(done) == spare_bytes(done) / done.device.total_bytes
 
 
 def test_a_shortage_is_what_is_missing() -> None:
@@ -61,4 +60,3 @@ def test_fitting_and_headroom_agree(pool: str | None, length: int) -> None:
 def test_without_a_device() -> None:
     done = plan(max_model_len=8192)
     assert -spare_bytes(done) == done.ranks[0].total_bytes
-    assert spare_share(done) is None

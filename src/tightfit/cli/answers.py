@@ -120,9 +120,10 @@ class Answers:
             with until_closed():
                 print_json(document)
             return
-        text = junit(found) if self.form == "junit" else github(found)
         if self.form == "json":
             text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        else:
+            text = junit(found) if self.form == "junit" else github(found)
         if self.file is not None:
             write_text(text, self.file)
             return
