@@ -457,6 +457,7 @@ UNSHARDED = (
     "minimax_m2",
     "mpt",
     "persimmon",  # vLLM does not cut it
+    "phi",  # vLLM has the bias of the head only after it loaded a plain checkpoint
     "qwen2_5_vl",
 )
 """What is refused: vLLM's names of these are not known, or its CPU build cannot build them."""

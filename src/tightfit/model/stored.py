@@ -60,7 +60,6 @@ def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[Ran
         one
         for weight in parameters(spec)
         if on_rank(weight, rank, spec.num_layers)
-        and not any(re.search(pattern, weight.name) for pattern in names.left_out)
         for one in _tensors(weight, spec, rank, names)
     )
 

@@ -25,8 +25,6 @@ class FamilyNames:
     renamed: Renames = ()
     attention: Renames = _GROUPED
     """A parameter of every attention layer, and the module that has its constants."""
-    left_out: tuple[str, ...] = ()
-    """Regular expressions of parameters that vLLM does not hold, whatever the checkpoint does."""
 
 
 _EXPERTS: Renames = ((r"\.experts\.(w13|w2)_(weight|bias)$", r".experts.routed_experts.\1_\2"),)
@@ -93,10 +91,6 @@ _SPECIAL: Mapping[str, FamilyNames] = {
     "Llama4ForCausalLM": _names(_EXPERTS, _SHARED),
     "GPT2LMHeadModel": _names(
         ((r"\.qkv_proj\.", ".c_attn."), (r"\.attn\.o_proj\.", ".attn.c_proj."))
-    ),
-    # vLLM serves it by way of transformers' class, and builds its head without the bias.
-    "PhiForCausalLM": FamilyNames(
-        renamed=((r"\.o_proj\.", ".dense."),), left_out=(r"^lm_head\.bias$",)
     ),
     "GPTNeoXForCausalLM": _names(
         _FALCON, ((r"^gpt_neox\.", "model."), (r"^embed_out\.", "lm_head."))
