@@ -247,3 +247,9 @@ def test_unknown_architectures_suggest_close_names(architecture: str, hint: str 
     assert e.value.message == f"architecture {architecture} is not modelled"
     assert (e.value.hint or "").startswith(hint or "")
     assert e.value.hint is not None or hint is None
+
+
+def test_gpt_neox_has_no_grouped_heads_whatever_its_config_says() -> None:
+    config = read_config("pythia-160m")
+    plain, odd = model_spec(config), model_spec({**config, "num_key_value_heads": 4})
+    assert parameter_count(odd) == parameter_count(plain)

@@ -22,8 +22,8 @@ _DEFAULTS = {
 
 
 def spec(config: Config) -> ModelSpec:
-    """Whether MLP and attention are parallel changes no size."""
-    config = config.renamed(_KEYS).with_defaults(_DEFAULTS)
+    """Whether MLP and attention are parallel changes no size; every head has keys of its own."""
+    config = config.renamed(_KEYS).with_defaults(_DEFAULTS).without("num_key_value_heads")
     bias = config.boolean("attention_bias", default=True)
     attention = decoder.attention(
         config,
