@@ -148,6 +148,7 @@ def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
         ("DeepSeek-V3.2", "b200-180gb", {}, 64),
         ("DeepSeek-V2-Lite", "b200-180gb", {"block_size": 64}, 64),
         ("Llama-3.1-8B", "b200-180gb", {}, 16),
+        ("MiniMax-M3", "h100-80gb", {}, 128),
     ],
 )
 def test_blocks_that_the_backend_of_the_device_takes(

@@ -111,16 +111,6 @@ class KVLayout:
         own = (kind for kind in self.layers if kind[0].kind != CacheKind.CROSS.value)
         return sum(count * kind.token_bytes for kind, count in own)
 
-    @property
-    def has_states(self) -> bool:
-        """Whether a layer keeps a recurrent state."""
-        return any(kind.is_state for kind, _ in self.layers)
-
-    @property
-    def is_windowed(self) -> bool:
-        """Whether a layer forgets tokens."""
-        return any(kind.is_local for kind, _ in self.layers)
-
     def longest(self, available_blocks: int, limit: int) -> int:
         """The longest sequence, up to `limit`, that fits into so many blocks; 0 if none does."""
         low, high = 0, limit

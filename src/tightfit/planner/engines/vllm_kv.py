@@ -8,6 +8,7 @@ update_block_size_for_backend`, `v1/core/kv_cache_utils.py: get_kv_cache_configs
 from dataclasses import replace
 
 from tightfit.errors import UsageError
+from tightfit.model.blocks.block_sparse_attention import BlockSparseAttention
 from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
@@ -73,12 +74,15 @@ def _steps(parallel: Parallel, resolved: Resolved) -> int:
 def usual_block(spec: ModelSpec, kv_dtype: str, device: Device | None, rules: Rules) -> int:
     """The smallest block that the attention backend takes (`platforms/cuda.py`).
 
-    For latent attention that is FlashInfer on data center Blackwells. FlashMLA reads fp8 on
-    Hopper, which a device of unknown kind is taken for; elsewhere Triton's kernel does.
+    MiniMax-M3 chooses whole blocks, which are pages. For latent attention the backend is FlashInfer
+    on data center Blackwells. FlashMLA reads fp8 on Hopper, which a device of unknown kind is taken
+    for; elsewhere Triton's kernel does.
     """
     found = latents(spec)
     if not found:
-        return _BLOCK
+        mixers = (mixer for layer in spec.layers for mixer in layer.mixers)
+        sparse = (m.sparse_block_size for m in mixers if isinstance(m, BlockSparseAttention))
+        return max(sparse, default=_BLOCK)
     if any(latent.index_topk for latent in found):
         return _FLASHMLA_BLOCK
     major = 9 if device is None or device.capability is None else device.capability[0]
