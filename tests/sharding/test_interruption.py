@@ -53,15 +53,12 @@ class Interrupted(NoProgress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("phase", ["copying", "checksums"])
-def test_interrupted(
-    phase: str, share: float, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_interrupted(share: float, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     model, out = tiny_model("llama_bias"), tmp_path / "deep" / "out"
     before = digests(model)
     with pytest.raises(KeyboardInterrupt):
-        shard(make_job(model), out, Interrupted(phase, share))
+        shard(make_job(model), out, Interrupted("copying", share))
     assert list(tmp_path.iterdir()) == []
     assert digests(model) == before
     # And the very next attempt works.
@@ -123,7 +120,7 @@ def test_signals(number: signal.Signals, sparse_model: Path, tmp_path: Path) -> 
     )
     deadline = time.monotonic() + 30
     # The files have their names from the start of the copies.
-    while not (out.exists() and len(list(out.iterdir())) == 4):
+    while len(list(out.glob("*.safetensors.partial"))) < 4:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)

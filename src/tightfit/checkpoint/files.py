@@ -59,7 +59,9 @@ def find_weights(source: Source) -> Weights:
         return name in names or source.exists(name)
 
     candidates = [
-        n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_model")
+        n
+        for n in names
+        if n.endswith(".safetensors") and not n.startswith(("adapter_model", "tightfit-"))
     ]
     if has(MANIFEST) or (candidates and all(_RANK_FILE.fullmatch(n) for n in candidates)):
         return Weights(is_sharded=True)

@@ -102,7 +102,7 @@ class OutputDirectory:
             except FileExistsError:
                 self._parts.remove(part)
                 raise
-            _reserve(part.fd, nbytes)
+            reserve(part.fd, nbytes)
         return part
 
     def write_text(self, name: str, text: str) -> None:
@@ -158,7 +158,7 @@ class OutputDirectory:
                 os.rename(part.path, final)
                 part.path = final
             for directory in {self.path, *((self.path / p.name).parent for p in self._parts)}:
-                _sync_directory(directory)
+                sync_directory(directory)
         self._committed = True
 
     def __exit__(
@@ -170,14 +170,8 @@ class OutputDirectory:
         if self._committed:
             return
         self._remove_all()
-        if isinstance(error, OSError) and self._is_ours(error):
-            raise _output_error(error, self.path, 0) from error
-
-    def _is_ours(self, error: OSError) -> bool:
-        if error.errno in _WRITE_ERRORS:
-            return True
-        name = error.filename
-        return isinstance(name, str) and Path(name).is_relative_to(self.path)
+        if isinstance(error, OSError) and is_about(error, self.path):
+            raise output_error(error, self.path, 0) from error
 
     def _make_directories(self, path: Path) -> None:
         missing = [p for p in (path, *path.parents) if not p.exists()]
@@ -208,7 +202,7 @@ class OutputDirectory:
         try:
             yield
         except OSError as e:
-            raise _output_error(e, path, nbytes) from e
+            raise output_error(e, path, nbytes) from e
 
 
 def check_free_space(path: str | os.PathLike[str], needed_bytes: int) -> None:
@@ -233,7 +227,16 @@ def _free_bytes(path: Path) -> int | None:
     return None
 
 
-def _reserve(fd: int, nbytes: int) -> None:
+def is_about(error: OSError, directory: Path) -> bool:
+    """Whether an error of the system is about what is written to a directory."""
+    if error.errno in _WRITE_ERRORS:
+        return True
+    name = error.filename
+    return isinstance(name, str) and Path(name).is_relative_to(directory)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Give a file its size, on disk where the file system can."""
     if nbytes == 0:
         return
     try:
@@ -250,7 +253,8 @@ def _write_all(fd: int, data: memoryview) -> None:
         offset += os.pwrite(fd, data[offset:], offset)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Bring the names of a directory to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -262,7 +266,10 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def _output_error(error: OSError, path: Path, nbytes: int) -> OutputError:
+def output_error(
+    error: OSError, path: Path, nbytes: int, *, left: str = "nothing was left behind"
+) -> OutputError:
+    """What a user can do about an error of the system; `left` says what is there now."""
     if error.errno in _NO_SPACE:
         free = _free_bytes(path)
         needs = f": it needs {format_bytes(nbytes)}" if nbytes else ""
@@ -270,7 +277,7 @@ def _output_error(error: OSError, path: Path, nbytes: int) -> OutputError:
         what = "the disk quota is used up" if error.errno == errno.EDQUOT else "no space left"
         return OutputError(
             f"cannot write {path}{needs}, and {what}{has}" if needs else f"{path}: {what}{has}",
-            hint="free some space, or write to another disk; nothing was left behind",
+            hint=f"free some space, or write to another disk; {left}",
         )
     if error.errno == errno.EFBIG:
         return OutputError(

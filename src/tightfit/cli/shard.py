@@ -11,6 +11,7 @@ from tightfit.cli.options.layout import PipelineParallelSize
 from tightfit.cli.output import console, guarded, print_json, progress
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
+from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
 from tightfit.units import MiB, format_bytes, parse_bytes
@@ -28,6 +29,18 @@ def shard(
     layout: Annotated[
         str, typer.Option(help="Engine that will load it: " + ", ".join(LAYOUTS) + ".")
     ] = DEFAULT_LAYOUT,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0-3,7",
+            help="Write only these; OUT is whole once all have come.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
     ] = False,
@@ -59,17 +72,19 @@ def shard(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=stages,
         max_shard_bytes=size,
+        ranks=None if ranks is None else parse_ranks(ranks),
     )
+    missing: tuple[int, ...] = ()
     if not dry_run:
         with progress(quiet=quiet) as bars:
-            write(job, out, bars)
+            missing = write(job, out, bars, resume=resume).missing_ranks
     if as_json:
-        print_json(_document(job, out, dry_run))
+        print_json(_document(job, out, dry_run, missing))
     elif dry_run or not quiet:
-        _show(job, out, dry_run)
+        _show(job, out, dry_run, missing)
 
 
-def _document(job: ShardJob, out: Path, dry_run: bool) -> dict[str, Any]:
+def _document(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": job.checkpoint.name,
@@ -78,6 +93,8 @@ def _document(job: ShardJob, out: Path, dry_run: bool) -> dict[str, Any]:
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
+        "ranks": list(job.ranks),
+        "missing_ranks": list(missing),
         "total_bytes": job.output_bytes,
         "files": [
             {
@@ -91,7 +108,7 @@ def _document(job: ShardJob, out: Path, dry_run: bool) -> dict[str, Any]:
     }
 
 
-def _show(job: ShardJob, out: Path, dry_run: bool) -> None:
+def _show(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -103,14 +120,16 @@ def _show(job: ShardJob, out: Path, dry_run: bool) -> None:
         table.add_row(part.name, f"{len(part.placed):,}", format_bytes(part.nbytes))
     page = console()
     verb = "would write" if dry_run else "wrote"
-    ranks = job.parallel.world_size
+    ranks, size = len(job.ranks), job.parallel.world_size
     summary = (
         f"{verb} {len(job.parts)} files, {format_bytes(job.output_bytes)}, for {ranks} "
-        f"rank{'s' if ranks > 1 else ''} to {out}"
+        f"{f'of {size} ' if ranks < size else ''}rank{'s' if size > 1 else ''} to {out}"
     )
     page.print(table)
     page.print(Text(summary))
-    if job.layout.name.startswith("vllm") and not dry_run:
+    if missing:
+        page.print(Text(f"not whole yet: ranks {show_ranks(missing)} are missing"))
+    elif job.layout.name.startswith("vllm") and not dry_run:
         stages = job.parallel.pipeline_parallel_size
         flags = "--load-format sharded_state"
         flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"

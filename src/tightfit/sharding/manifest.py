@@ -5,7 +5,7 @@ Engines ignore it. It is written last, so that a directory with a manifest is a 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import VerificationError
 from tightfit.model.layout import Parallel, Piece
 from tightfit.sharding.parts import Part
+from tightfit.sharding.ranks import not_whole
 
 FORMAT = 1
 ORIGINALS = "tightfit-originals.safetensors"
 """What the ranks do not hold as it was: tensors that engines do not load, or compute with."""
 _LARGEST_BYTES = 2**30
+_MOST_RANKS = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,21 @@ class Manifest:
     def rank_files(self, rank: int) -> tuple[StoredFile, ...]:
         """The parts of one rank, which an engine loads."""
         return tuple(f for f in self.files if f.rank == rank and f.name != ORIGINALS)
+
+    @property
+    def missing_ranks(self) -> tuple[int, ...]:
+        """Ranks without files; a whole checkpoint has none."""
+        there = {file.rank for file in self.files}
+        size = self.tensor_parallel_size * self.pipeline_parallel_size
+        return tuple(rank for rank in range(size) if rank not in there)
+
+    def with_files(self, files: tuple[StoredFile, ...]) -> "Manifest":
+        """The same of other files."""
+        return replace(self, files=files)
+
+    def only(self, rank: int) -> "Manifest":
+        """The same of one rank."""
+        return self.with_files(tuple(file for file in self.files if file.rank == rank))
 
     def to_json(self) -> dict[str, Any]:
         """The document."""
@@ -169,7 +186,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise _not_ours(path, "it is larger than any manifest")
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise VerificationError(
+        raise not_whole(directory) or VerificationError(
             f"{directory} has no {MANIFEST}: it is not a complete output of `tightfit shard`",
             hint="run `tightfit shard` again",
         ) from None
@@ -179,6 +196,21 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
     except (ValueError, RecursionError) as error:
         raise _not_ours(path, f"it is not JSON ({error})") from None
+    manifest = manifest_of(document, path)
+    if manifest.missing_ranks:
+        count = len({file.rank for file in manifest.files})
+        raise _not_ours(
+            path, f"ValueError: files of {count} ranks, not of all and only those of the layout"
+        )
+    return manifest
+
+
+def manifest_of(document: Any, path: Path) -> Manifest:
+    """The manifest in a document, which may be of some ranks only.
+
+    Raises:
+        VerificationError: it is not one of ours; `path` says where it came from.
+    """
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise _not_ours(path, f"its format is not {FORMAT}")
     try:
@@ -210,8 +242,9 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
     tensor_parallel_size = _size(document["tensor_parallel_size"]) or _wrong(0)
     pipeline_parallel_size = _size(document["pipeline_parallel_size"]) or _wrong(0)
     ranks = {file.rank for file in files}
+    world_size = tensor_parallel_size * pipeline_parallel_size
     # Nothing may loop over ranks that only the manifest speaks of.
-    if len(ranks) != tensor_parallel_size * pipeline_parallel_size or max(ranks) >= len(ranks):
+    if not ranks or world_size > _MOST_RANKS or max(ranks) >= world_size:
         raise ValueError(f"files of {len(ranks)} ranks, not of all and only those of the layout")
     return Manifest(
         tightfit=_text(document["tightfit"]),

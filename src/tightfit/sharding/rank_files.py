@@ -22,6 +22,7 @@ from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.model.stored import LAYOUTS, rank_tensors
 from tightfit.sharding.boxes import Held, Owned, Replica, compose, key, own
 from tightfit.sharding.manifest import ORIGINALS, Manifest, StoredFile, read_manifest
+from tightfit.sharding.ranks import not_whole
 from tightfit.units import dtype_bytes
 
 _RANK_FILE = re.compile(r"model-(?:pp-(\d{1,6})-tp-|rank-)(\d{1,6})-part-(\d{1,9})\.safetensors")
@@ -105,8 +106,11 @@ def open_rank_files(checkpoint: Checkpoint) -> RankFiles:
     if source.exists(MANIFEST):
         manifest = read_manifest(source.directory)
         return _by_manifest(checkpoint, source, manifest)
+    if error := not_whole(source.directory):
+        raise error
     headers = {name: _header(source, name) for name in names}
-    return _by_layout(checkpoint, headers)
+    kept = {ORIGINALS: _header(source, ORIGINALS)} if source.exists(ORIGINALS) else {}
+    return _by_layout(checkpoint, headers, kept)
 
 
 def _header(source: LocalSource, name: str) -> Mapping[str, TensorInfo]:
@@ -142,7 +146,9 @@ def _by_manifest(checkpoint: Checkpoint, source: LocalSource, manifest: Manifest
 
 
 def _by_layout(
-    checkpoint: Checkpoint, headers: Mapping[str, Mapping[str, TensorInfo]]
+    checkpoint: Checkpoint,
+    headers: Mapping[str, Mapping[str, TensorInfo]],
+    kept: Mapping[str, Mapping[str, TensorInfo]],
 ) -> RankFiles:
     pp_size, tp_size = _sizes(checkpoint.name, headers)
     spec = describe(checkpoint).spec
@@ -167,7 +173,8 @@ def _by_layout(
         except LayoutError as error:
             why.append(error.message)
             continue
-        return _assembled(checkpoint, None, layout.name, parallel, headers, held)
+        files = {**headers, **kept}
+        return _assembled(checkpoint, None, layout.name, parallel, files, held)
     raise LayoutError(
         f"{checkpoint.name} has no {MANIFEST}, and its files are not those of any known layout: "
         + why[0],

@@ -1,88 +1,172 @@
 """`tightfit shard`: carry out a prepared job, and vouch for what it wrote."""
 
-import json
 import os
+import resource
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import partial
+from math import prod
 from pathlib import Path
 
-from tightfit.checkpoint.files import MANIFEST
-from tightfit.checkpoint.writer import OutputDirectory, PartFile, check_free_space
+from tightfit.checkpoint.files import CONFIG
+from tightfit.checkpoint.writer import check_free_space
 from tightfit.sharding.agreement import check_rank_files
 from tightfit.sharding.gather import run_gather
 from tightfit.sharding.job import ShardJob as ShardJob
 from tightfit.sharding.job import prepare as prepare
+from tightfit.sharding.journal import States
 from tightfit.sharding.manifest import Manifest, make_manifest
-from tightfit.sharding.parts import Part
+from tightfit.sharding.output import ShardOutput
+from tightfit.sharding.parts import Part, Placed
+from tightfit.sharding.pending import Pending
 from tightfit.sharding.progress import Progress as Progress
 from tightfit.sharding.progress import checksum as checksum
-from tightfit.sharding.side_files import config_text, copy_side_files
-from tightfit.sharding.stream import SourceFiles, run_copies
+from tightfit.sharding.side_files import config_text, side_files
+from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, run_copies, write_all
+from tightfit.units import dtype_bytes
+
+Checksums = dict[tuple[str, str], str]
 
 
-def shard(job: ShardJob, directory: Path, progress: Progress) -> Manifest:
+def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = False) -> Manifest:
     """Write the rank files, the side files and the manifest, all or nothing.
 
+    Of a job with some of the ranks the directory is whole once all have come. With `resume` only
+    what is missing in the directory is written, and what is there stays whatever happens.
+
+    Returns:
+        The manifest of the ranks that are there now.
+
     Raises:
-        OutputError: the directory is not empty, or cannot be written.
+        OutputError: the directory holds something else, or cannot be written.
         CheckpointError: a source file is truncated, or changed meanwhile.
         VerificationError: the source is sharded itself, and damaged.
     """
-    check_free_space(directory, job.output_bytes)
-    with OutputDirectory(directory) as output, SourceFiles(job.checkpoint.source) as files:
+    with (
+        ShardOutput(directory, job, resume=resume) as output,
+        SourceFiles(job.checkpoint.source) as files,
+    ):
+        if output.whole is not None:
+            return output.whole
+        if not output.ranks:
+            return output.unite(_manifest(job, output.proven))
+        check_free_space(directory, output.needed_bytes())
+        _allow_files(len(job.parts) + len(job.checkpoint.files))
+        states = _states(job)
+        for name in states:
+            # Opened before anything is copied, so that every change from now on is seen.
+            files.descriptor(name)
         if job.cut_again is not None:
             check_rank_files(job.cut_again, files, progress)
-        targets = [output.create(part.name, part.nbytes) for part in job.parts]
-        for part, target in zip(job.parts, targets, strict=True):
-            os.pwrite(target.fd, part.header, 0)
-            _write_constants(part, target)
-        progress.phase("copying", job.copied_bytes)
-        run_copies(job.copies, files, [target.fd for target in targets], progress.advance)
-        for gather in job.gathers:
-            run_gather(gather, files, targets[gather.target].fd, progress.advance)
+        checksums = dict(output.proven)
+        noted = output.start(states)
+        opened = {part.name: output.open(part) for part in output.todo()}
+        targets = [opened[p.name][0] if p.name in opened else -1 for p in job.parts]
+        checksums |= _prove(job.parts, targets, noted, progress)
+        pending = Pending(job.parts, job.copies, job.gathers, checksums.keys())
+        for part in output.todo():
+            os.pwrite(opened[part.name][0], part.header, 0)
+        for number, one in pending.unproven():
+            _write_fill(one, targets[number], clear=opened[job.parts[number].name][1])
+        progress.phase("copying", pending.nbytes)
+
+        def complete(finished: Iterable[tuple[int, Placed]]) -> None:
+            for number, one in finished:
+                part, name = job.parts[number], one.tensor.name
+                found = checksum(targets[number], one.offset, one.tensor.nbytes, progress.advance)
+                checksums[part.name, name] = found
+                output.note(part, name, found)
+
+        complete(pending.without_source())
+        for group in pending.copies:
+            run_copies([group], files, targets, progress.advance)
+            complete(pending.finish(group))
+        for gather in pending.gathers:
+            run_gather(gather, files, targets[gather.target], progress.advance)
+            complete(pending.finish(gather))
         files.check_unchanged()
-        held = sum(one.tensor.nbytes for part in job.parts for one in part.placed)
-        progress.phase("checksums", held)
-        manifest = make_manifest(
-            layout=job.layout.name,
-            architecture=job.spec.architecture,
-            parallel=job.parallel,
-            source_name=job.source_name,
-            source_fingerprint=job.source_fingerprint,
-            left_out=job.left_out,
-            parts=job.parts,
-            checksums=_checksums(job.parts, targets, progress),
-        )
-        copy_side_files(job.checkpoint, output, config_text(_config(job)))
-        output.write_text(MANIFEST, json.dumps(manifest.to_json(), separators=(",", ":")))
-        output.commit()
-    return manifest
+        _write_side_files(job, output)
+        return output.commit(_manifest(job, checksums))
 
 
-def _config(job: ShardJob) -> Mapping[str, object]:
+def _manifest(job: ShardJob, checksums: Checksums) -> Manifest:
+    return make_manifest(
+        layout=job.layout.name,
+        architecture=job.spec.architecture,
+        parallel=job.parallel,
+        source_name=job.source_name,
+        source_fingerprint=job.source_fingerprint,
+        left_out=job.left_out,
+        parts=job.parts,
+        checksums=checksums,
+    )
+
+
+def _states(job: ShardJob) -> States:
+    """By what a changed source file is told from the one that an earlier run has read."""
+    names = {group.source.file for group in job.copies}
+    names |= {one.file for gather in job.gathers for one in gather.slices}
+    states: dict[str, list[int] | None] = {}
+    for name in sorted(names):
+        path = job.checkpoint.source.local_path(name)
+        status = None if path is None else os.stat(path)
+        states[name] = None if status is None else [status.st_size, status.st_mtime_ns]
+    return states
+
+
+def _prove(
+    parts: Iterable[Part],
+    targets: Iterable[int],
+    noted: Mapping[tuple[str, str], str],
+    bars: Progress,
+) -> Checksums:
+    """Hash what an earlier run has noted as complete; what is as noted is not done again."""
+    todo = [
+        (part.name, one, target)
+        for part, target in zip(parts, targets, strict=True)
+        for one in part.placed
+        if target >= 0 and (part.name, one.tensor.name) in noted
+    ]
+    if todo:
+        bars.phase("checking", sum(one.tensor.nbytes for _, one, _ in todo))
+    found: Checksums = {}
+    for name, one, target in todo:
+        digest = checksum(target, one.offset, one.tensor.nbytes, bars.advance)
+        if digest == noted[name, one.tensor.name]:
+            found[name, one.tensor.name] = digest
+    return found
+
+
+def _write_fill(one: Placed, target: int, *, clear: bool) -> None:
+    """What no copy writes: constants; new files hold zeros, and others (`clear`) anything."""
+    tensor = one.tensor
+    if tensor.fill:
+        assert tensor.dtype == "F32"
+        assert not tensor.pieces
+        os.pwrite(target, struct.pack("<f", tensor.fill), one.offset)
+    elif clear:
+        copied = sum(dtype_bytes(tensor.dtype, prod(piece.shape)) for piece in tensor.pieces)
+        zeros = memoryview(bytes(BUFFER_BYTES if copied < tensor.nbytes else 0))
+        for at in range(0, tensor.nbytes if zeros else 0, BUFFER_BYTES):
+            write_all(target, [zeros[: min(BUFFER_BYTES, tensor.nbytes - at)]], one.offset + at)
+
+
+def _write_side_files(job: ShardJob, output: ShardOutput) -> None:
+    source = job.checkpoint.source
+    for name in side_files(job.checkpoint):
+        output.write_side_file(name, source.size(name), partial(source.read, name))
     config = dict(job.checkpoint.config)
     if config.get("tie_word_embeddings", True) and not job.spec.tie_word_embeddings:
         # Engines decide by the config alone whether a sharded checkpoint is tied.
         config["tie_word_embeddings"] = False
-    return config
+    text = config_text(config).encode()
+    output.write_side_file(CONFIG, len(text), lambda start, stop: text[start:stop])
 
 
-def _write_constants(part: Part, target: PartFile) -> None:
-    for one in part.placed:
-        if one.tensor.fill:
-            assert one.tensor.dtype == "F32"
-            assert not one.tensor.pieces
-            os.pwrite(target.fd, struct.pack("<f", one.tensor.fill), one.offset)
-
-
-def _checksums(
-    parts: Sequence[Part], targets: Sequence[PartFile], progress: Progress
-) -> dict[tuple[str, str], str]:
-    """Hash what is in the files now, which is what readers will see."""
-    found: dict[tuple[str, str], str] = {}
-    for part, target in zip(parts, targets, strict=True):
-        for one in part.placed:
-            found[part.name, one.tensor.name] = checksum(
-                target.fd, one.offset, one.tensor.nbytes, progress.advance
-            )
-    return found
+def _allow_files(count: int) -> None:
+    """Every part is open at once, and most systems allow more than they do at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft < wanted and (hard == resource.RLIM_INFINITY or soft < hard):
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

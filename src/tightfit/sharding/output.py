@@ -1,0 +1,391 @@
+"""The directory that ranks are written to: nothing in it looks whole until everything is proven.
+
+Rank files are `.partial` until all of a call are complete and on disk. Then they get their names,
+and last comes what vouches for them: the manifest, or those of single ranks until all have come. A
+call that fails removes what it made, unless it was told to resume: then, and after a kill, journals
+say what need not be done again.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tightfit import __version__
+from tightfit.checkpoint.files import CONFIG, MANIFEST
+from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
+from tightfit.errors import OutputError
+from tightfit.sharding.job import ShardJob
+from tightfit.sharding.journal import Journal, States
+from tightfit.sharding.manifest import Manifest, manifest_of, read_manifest
+from tightfit.sharding.parts import Part
+from tightfit.sharding.ranks import (
+    rank_journal,
+    rank_manifest,
+    read_job,
+    read_rank_manifest,
+    show_ranks,
+)
+from tightfit.sharding.side_files import side_files
+
+Read = Callable[[int, int], bytes]
+"""Gives the bytes of a file from one place to another."""
+
+_BLOCK_BYTES = 2**23
+_RANK_PREFIXES = ("model-rank-", "model-pp-", "tightfit-")
+
+
+class ShardOutput:
+    """A directory of rank files, as one call sees it.
+
+    On entering, `whole` is the manifest of a directory in which nothing is left to do, and `ranks`
+    are those that this call writes. Use `open`, `note` and `commit` in this order.
+
+    Raises:
+        OutputError: on entering, if the directory holds something else, or another process writes
+            these ranks; later, if something cannot be written.
+        VerificationError: what is there already is damaged.
+    """
+
+    def __init__(self, path: Path, job: ShardJob, *, resume: bool) -> None:
+        self.path, self._job, self._resume = path, job, resume
+        self.whole: Manifest | None = None
+        self.ranks: tuple[int, ...] = ()
+        self.proven: dict[tuple[str, str], str] = {}
+        self._partly = len(job.ranks) < job.parallel.world_size
+        self._journals: dict[int, Journal] = {}
+        self._fds: dict[str, int] = {}
+        self._made: list[Path] = []
+        self._directories: list[Path] = []
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        try:
+            with self._errors(self.path, 0):
+                self._enter()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+        if not self._committed and isinstance(error, OSError) and is_about(error, self.path):
+            raise output_error(error, self.path, 0, left=self._left_behind) from error
+
+    def todo(self) -> tuple[Part, ...]:
+        """The parts that this call writes."""
+        return tuple(part for part in self._job.parts if part.rank.rank in self.ranks)
+
+    def needed_bytes(self) -> int:
+        """Bytes of them that are not yet on disk."""
+        held = 0
+        for part in self.todo():
+            for path in (self._partial(part), self.path / part.name):
+                with suppress(OSError):
+                    held += min(part.nbytes, os.stat(path).st_blocks * 512)
+        return max(0, sum(part.nbytes for part in self.todo()) - held)
+
+    def start(self, sources: States) -> dict[tuple[str, str], str]:
+        """Lock the ranks; returns the checksums that earlier runs have noted."""
+        noted: dict[tuple[str, str], str] = {}
+        with self._errors(self.path, 0):
+            for rank in self.ranks:
+                self._journals[rank] = Journal(
+                    self.path, rank, self._identity(), sources, resume=self._resume
+                )
+                noted |= self._journals[rank].noted
+        return noted
+
+    def open(self, part: Part) -> tuple[int, bool]:
+        """A descriptor of the unfinished file in its full size, and whether it was there before."""
+        final, partial = self.path / part.name, self._partial(part)
+        with self._errors(final, part.nbytes):
+            if self._resume and os.path.lexists(final):
+                # Named by a commit that did not come to its end.
+                os.rename(final, partial)
+            before = os.path.lexists(partial)
+            if not before:
+                self._made.append(partial)
+            elif not self._resume:
+                raise OutputError(
+                    f"{partial} was left by another run",
+                    hint="--resume continues it; or remove it yourself",
+                )
+            # 0666, which the umask restricts: servers run as other users.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = self._fds[part.name] = os.open(partial, flags, 0o666)
+            if os.fstat(fd).st_size > part.nbytes:
+                os.ftruncate(fd, part.nbytes)
+            reserve(fd, part.nbytes)
+        return fd, before
+
+    def note(self, part: Part, tensor: str, checksum: str) -> None:
+        """A tensor is complete."""
+        self._journals[part.rank.rank].note(part.name, tensor, checksum)
+
+    def write_side_file(self, name: str, size: int, read: Read) -> None:
+        """Write a file that all ranks share, whoever comes first.
+
+        Raises:
+            OutputError: there is another one of that name.
+        """
+        final = self.path / name
+        with self._errors(final, size):
+            with suppress(FileNotFoundError), open(final, "rb") as file:
+                same = os.fstat(file.fileno()).st_size == size and all(
+                    file.read(stop - start) == read(start, stop) for start, stop in _blocks(size)
+                )
+                if same:
+                    return
+                raise OutputError(
+                    f"{final} is there already, and differs from the source's",
+                    hint="give a new directory",
+                )
+            self._write(final, (read(start, stop) for start, stop in _blocks(size)))
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Bring everything to disk and give it its names; `manifest` is of the ranks of the job.
+
+        Returns:
+            The manifest of the ranks that are there now.
+        """
+        with self._errors(self.path, 0):
+            for fd in self._fds.values():
+                os.fsync(fd)
+            for part in self.todo():
+                final = self.path / part.name
+                if os.path.lexists(final):
+                    raise OutputError(
+                        f"{final} has appeared while the output was written",
+                        hint="let one process at a time write a rank",
+                    )
+                self._made.append(final)
+                os.rename(self._partial(part), final)
+            sync_directory(self.path)
+            if not self._partly:
+                self._write(self.path / MANIFEST, [_encoded(manifest.to_json())])
+            else:
+                for rank in self.ranks:
+                    document = manifest.only(rank).to_json()
+                    lines = [_encoded({"job": self._identity()}), b"\n", _encoded(document)]
+                    self._write(self.path / rank_manifest(rank), lines)
+                self._committed = True
+                manifest = self._united(manifest)
+            self._committed = True
+            self._tidy(manifest)
+        return manifest
+
+    def unite(self, manifest: Manifest) -> Manifest:
+        """What `commit` does last, for a call that finds nothing left to write."""
+        with self._errors(self.path, 0):
+            manifest = self._united(manifest)
+            self._committed = True
+            self._tidy(manifest)
+        return manifest
+
+    def _enter(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"the output {path} is an existing file", hint="give a new directory")
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        if names:
+            self._check_there(names)
+        for directory in reversed([p for p in (path, *path.parents) if not p.exists()]):
+            self._directories.append(directory)
+            with suppress(FileExistsError):
+                os.mkdir(directory)
+        if MANIFEST in names:
+            manifest = read_manifest(path)
+            self._check_same(manifest)
+            self.whole = manifest
+            self._committed = True
+            self._tidy(manifest)
+            return
+        done = [rank for rank in self._job.ranks if self._is_complete(rank)]
+        self.ranks = tuple(rank for rank in self._job.ranks if rank not in done)
+        for rank in done:
+            document = read_rank_manifest(path, rank)
+            for file in manifest_of(document, path / rank_manifest(rank)).files:
+                self.proven |= {(file.name, tensor.name): tensor.xxh3 for tensor in file.tensors}
+
+    def _is_complete(self, rank: int) -> bool:
+        if not os.path.exists(self.path / rank_manifest(rank)):
+            return False
+        for part in self._job.parts:
+            if part.rank.rank == rank:
+                with suppress(OSError):
+                    if os.stat(self.path / part.name).st_size == part.nbytes:
+                        continue
+                return False
+        return True
+
+    def _check_there(self, names: set[str]) -> None:
+        """Go on only in a directory that is the beginning of this very job."""
+        path = self.path
+        ours = {name for name in names if name.startswith("tightfit-")}
+        allowed = {CONFIG, *side_files(self._job.checkpoint)}
+        foreign = [
+            name
+            for name in sorted(names)
+            if not name.startswith(_RANK_PREFIXES)
+            and name not in allowed
+            and not name.endswith(".partial")
+        ]
+        if foreign or not ours or not (self._resume or self._partly):
+            unfinished = ours and not foreign and MANIFEST not in names
+            raise OutputError(
+                f"the output directory {path} "
+                + ("holds an unfinished output" if unfinished else "is not empty"),
+                hint=(
+                    "--resume continues it; or give a new directory"
+                    if unfinished
+                    else "give a new directory, or remove that one yourself"
+                ),
+            )
+        mine = self._identity()
+        for name in sorted(ours - {MANIFEST}):
+            other = read_job(path / name)
+            differing = [key for key in mine if other and other.get(key) != mine[key]]
+            if differing and other is not None:
+                key = differing[0]
+                raise OutputError(
+                    f"{path} holds ranks of another job: its {key} is {other.get(key)!r:.80}, and "
+                    f"not {mine[key]!r}",
+                    hint="give a new directory, or the same options and source as there",
+                )
+        if not self._resume:
+            taken = sorted({r for r in self._job.ranks if rank_manifest(r) in names})
+            if taken or MANIFEST in names:
+                raise OutputError(
+                    f"{path} already has rank{'s' if len(taken) > 1 else ''} {show_ranks(taken)}"
+                    if taken
+                    else f"{path} already has all ranks",
+                    hint="choose others (--ranks), or --resume to write only what is missing",
+                )
+
+    def _check_same(self, manifest: Manifest) -> None:
+        files = {file.name: file for file in manifest.files}
+        for part in self._job.parts:
+            file = files.get(part.name)
+            placed = [(one.tensor.name, one.offset, one.tensor.pieces) for one in part.placed]
+            if (
+                file is None
+                or manifest.source_fingerprint != self._job.source_fingerprint
+                or [(t.name, t.offset, t.pieces) for t in file.tensors] != placed
+                or not os.path.exists(self.path / part.name)
+                or os.stat(self.path / part.name).st_size != part.nbytes
+            ):
+                raise OutputError(
+                    f"{self.path} is the output of another job",
+                    hint="give a new directory; `tightfit verify` says what is in that one",
+                )
+
+    def _united(self, manifest: Manifest) -> Manifest:
+        """The manifest of all ranks that have come; if these are all, write it."""
+        found: list[Manifest] = []
+        for rank in range(self._job.parallel.world_size):
+            try:
+                document = read_rank_manifest(self.path, rank)
+            except FileNotFoundError:
+                if os.path.exists(self.path / MANIFEST):
+                    # Somebody else brought the last rank at the same moment.
+                    return read_manifest(self.path)
+                continue
+            found.append(manifest_of(document, self.path / rank_manifest(rank)))
+        files = tuple(file for one in found for file in one.files)
+        united = (found[0] if found else manifest).with_files(files)
+        if len(found) == self._job.parallel.world_size:
+            self._write(self.path / MANIFEST, [_encoded(united.to_json())])
+        return united
+
+    def _tidy(self, manifest: Manifest) -> None:
+        """Remove what is of no use any more."""
+        for journal in self._journals.values():
+            journal.close(remove=True)
+        if manifest.missing_ranks or not os.path.exists(self.path / MANIFEST):
+            return
+        for rank in range(self._job.parallel.world_size):
+            for name in (rank_manifest(rank), rank_journal(rank)):
+                with suppress(OSError):
+                    os.unlink(self.path / name)
+        for path in self.path.glob("*.rank*.partial"):
+            with suppress(OSError):
+                os.unlink(path)
+
+    def _write(self, final: Path, blocks: Iterable[bytes]) -> None:
+        """A small file, which appears whole."""
+        partial = final.with_name(f"{final.name}.rank{self._job.ranks[0]}.partial")
+        self._made.append(partial)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            for data in blocks:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        if not self._partly or final.name.startswith("tightfit-"):
+            self._made.append(final)
+        os.rename(partial, final)
+        sync_directory(self.path)
+
+    def _identity(self) -> dict[str, Any]:
+        job = self._job
+        return {
+            "tightfit": __version__,
+            "layout": job.layout.name,
+            "tensor_parallel_size": job.parallel.tensor_parallel_size,
+            "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
+            "world_size": job.parallel.world_size,
+            "max_shard_bytes": job.max_shard_bytes,
+            "source_fingerprint": job.source_fingerprint,
+        }
+
+    def _partial(self, part: Part) -> Path:
+        return self.path / f"{part.name}.partial"
+
+    def _leave(self) -> None:
+        for fd in self._fds.values():
+            with suppress(OSError):
+                os.close(fd)
+        self._fds.clear()
+        keep = self._committed or self._resume
+        for journal in self._journals.values():
+            journal.close(remove=not keep or self._committed)
+        if not keep:
+            for path in reversed(self._made):
+                with suppress(OSError):
+                    os.unlink(path)
+            for directory in reversed(self._directories):
+                with suppress(OSError):
+                    os.rmdir(directory)
+
+    @property
+    def _left_behind(self) -> str:
+        return "--resume continues what is there" if self._resume else "nothing was left behind"
+
+    @contextmanager
+    def _errors(self, path: Path, nbytes: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise output_error(error, path, nbytes, left=self._left_behind) from error
+
+
+def _blocks(size: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, _BLOCK_BYTES):
+        yield start, min(start + _BLOCK_BYTES, size)
+
+
+def _encoded(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()

@@ -1,0 +1,150 @@
+"""Directories to which ranks come one by one: what is there, and what is missing.
+
+A rank that is complete leaves `tightfit-rank-N.json`, the manifest of its files alone. Whoever
+brings the last one makes `tightfit-manifest.json` of them, and the directory is whole.
+"""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tightfit.errors import UsageError, VerificationError
+
+_OURS = re.compile(r"tightfit-rank-(\d{1,6})\.(json|journal)")
+_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+_LARGEST_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """Ranks of a directory without a manifest: complete ones, and those that were begun.
+
+    `world_size` is None if nothing says it.
+    """
+
+    complete: tuple[int, ...]
+    begun: tuple[int, ...]
+    world_size: int | None
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that are not complete."""
+        return tuple(r for r in range(self.world_size or 0) if r not in self.complete)
+
+
+def rank_manifest(rank: int) -> str:
+    """Name of the manifest of one complete rank."""
+    return f"tightfit-rank-{rank}.json"
+
+
+def rank_journal(rank: int) -> str:
+    """Name of the journal of a rank that is being written."""
+    return f"tightfit-rank-{rank}.journal"
+
+
+def arrived(directory: Path) -> Arrived:
+    """What names and first lines say; nothing is checked."""
+    complete: set[int] = set()
+    begun: set[int] = set()
+    sizes: set[int] = set()
+    try:
+        names = sorted(path.name for path in directory.iterdir())
+    except OSError:
+        names = []
+    for name in names:
+        if match := _OURS.fullmatch(name):
+            (complete if match[2] == "json" else begun).add(int(match[1]))
+            job = read_job(directory / name)
+            size = job.get("world_size") if job is not None else None
+            if type(size) is int and 0 < size <= 2**20:
+                sizes.add(size)
+    return Arrived(
+        complete=tuple(sorted(complete)),
+        begun=tuple(sorted(begun - complete)),
+        world_size=sizes.pop() if len(sizes) == 1 else None,
+    )
+
+
+def read_job(path: Path) -> Mapping[str, Any] | None:
+    """The job that a journal or the manifest of a rank belongs to; None if it says nothing."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(2**20)
+        value = json.loads(line)
+    except (OSError, ValueError, RecursionError):
+        return None
+    job = value.get("job") if isinstance(value, dict) else None
+    return job if isinstance(job, dict) else None
+
+
+def read_rank_manifest(directory: Path, rank: int) -> Mapping[str, Any]:
+    """The document of a complete rank: its job in the first line, its manifest in the second.
+
+    Raises:
+        FileNotFoundError: there is none.
+        VerificationError: it is damaged.
+    """
+    path = directory / rank_manifest(rank)
+    try:
+        data = path.read_bytes() if path.stat().st_size < _LARGEST_BYTES else b""
+        _, _, rest = data.partition(b"\n")
+        document = json.loads(rest)
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(
+            f"{path} is damaged: {error}", hint=f"remove it, and write rank {rank} again"
+        ) from None
+    if not isinstance(document, dict):
+        raise VerificationError(
+            f"{path} is damaged: it is not an object",
+            hint=f"remove it, and write rank {rank} again",
+        )
+    return document
+
+
+def not_whole(directory: Path) -> VerificationError | None:
+    """The error about a directory that lacks ranks; None if it is not such a directory."""
+    there = arrived(directory)
+    if not there.complete and not there.begun:
+        return None
+    if there.world_size is None:
+        message = f"{directory} is an unfinished output of `tightfit shard`"
+        return VerificationError(message, hint="run the same command again with --resume")
+    missing = show_ranks(there.missing)
+    return VerificationError(
+        f"{directory} is not whole: of {there.world_size} ranks it lacks {missing}"
+        + (f" (begun: {show_ranks(there.begun)})" if there.begun else ""),
+        hint=f"run `tightfit shard` into it with --ranks {missing} --resume",
+    )
+
+
+def parse_ranks(text: str) -> frozenset[int]:
+    """Ranks of a text such as `0-3,7`.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    found: set[int] = set()
+    for word in text.split(","):
+        match = _RANGE.fullmatch(word.strip())
+        if match is None or (last := int(match[2] or match[1])) < (first := int(match[1])):
+            raise UsageError(f"{text!r} does not name ranks", hint="for example --ranks 0-3,7")
+        found.update(range(first, last + 1))
+    return frozenset(found)
+
+
+def show_ranks(ranks: Collection[int]) -> str:
+    """`0-3,7`."""
+    return ",".join(_runs(sorted(ranks)))
+
+
+def _runs(ranks: Iterable[int]) -> list[str]:
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], rank]
+        else:
+            runs.append([rank])
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
