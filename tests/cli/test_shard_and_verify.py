@@ -138,6 +138,44 @@ def test_verify_refuses(tiny_model: TinyModel, tmp_path: Path) -> None:
     assert_error(done, 1, f"{tmp_path / 'out'} was sharded for tensor parallel size 2, not 4")
 
 
+def test_verify_says_what_else_it_is(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, out = tiny_model("llama"), tmp_path / "out"
+    done = tightfit("verify", model)
+    assert_error(
+        done,
+        2,
+        f"{model} is a plain checkpoint (model.safetensors), and not an output of `tightfit shard`",
+    )
+    assert tightfit("shard", model, out, "-tp", "2").returncode == 0
+    (out / "tightfit-manifest.json").unlink()
+    done = tightfit("verify", out)
+    assert_error(
+        done,
+        1,
+        f"{out} has rank files for tensor parallel size 2, but no tightfit-manifest.json that "
+        "vouches for them",
+    )
+
+
+def test_ranks_one_by_one(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, out = tiny_model("llama"), tmp_path / "out"
+    done = tightfit("shard", model, out, "-tp", "4", "--ranks", "0-1,3")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "for 3 of 4 ranks" in done.stdout
+    assert done.stdout.endswith("not whole yet; missing ranks: 2\n")
+    lacking = f"{out} is not whole: of 4 ranks it lacks 2"
+    assert_error(tightfit("verify", out), 1, lacking)
+    assert_error(tightfit("run", out, "--prompt", "x"), 1, lacking)
+    done = tightfit("shard", model, out, "-tp", "4", "--ranks", "2", "--json")
+    assert json.loads(done.stdout)["missing_ranks"] == []
+    assert tightfit("verify", out, "--against", model).returncode == 0
+    assert tightfit("shard", model, out, "-tp", "4", "--resume").returncode == 0
+    done = tightfit("shard", model, tmp_path / "other", "-tp", "2", "--ranks", "2")
+    assert_error(done, 2, "there is no rank 2")
+    done = tightfit("shard", model, tmp_path / "other", "-tp", "2", "--ranks", "all")
+    assert_error(done, 2, "'all' does not name ranks")
+
+
 def test_harmful_names_in_a_manifest(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Problems quote names that strangers wrote."""
     out = tmp_path / "out"

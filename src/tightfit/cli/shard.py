@@ -128,7 +128,7 @@ def _show(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> 
     page.print(table)
     page.print(Text(summary))
     if missing:
-        page.print(Text(f"not whole yet: ranks {show_ranks(missing)} are missing"))
+        page.print(Text(f"not whole yet; missing ranks: {show_ranks(missing)}"))
     elif job.layout.name.startswith("vllm") and not dry_run:
         stages = job.parallel.pipeline_parallel_size
         flags = "--load-format sharded_state"

@@ -10,7 +10,7 @@ from tightfit.cli import options as o
 from tightfit.cli.output import guarded, one_line, print_json, progress
 from tightfit.errors import ConfigError, ExitCode
 from tightfit.sharding.manifest import read_manifest
-from tightfit.sharding.verify import Report, check_tensor_parallel_size
+from tightfit.sharding.verify import Report, check_tensor_parallel_size, require_manifest
 from tightfit.sharding.verify import verify as check
 from tightfit.units import format_bytes
 
@@ -44,6 +44,7 @@ def verify(
     """
     if not directory.is_dir():
         raise ConfigError(f"there is no directory {directory}", hint="check the path")
+    require_manifest(directory)
     check_tensor_parallel_size(read_manifest(directory), tensor_parallel_size, str(directory))
     config = open_checkpoint(str(directory)).config
     source = None if against is None else open_checkpoint(against, download=True)

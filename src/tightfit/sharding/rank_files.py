@@ -150,7 +150,7 @@ def _by_layout(
     headers: Mapping[str, Mapping[str, TensorInfo]],
     kept: Mapping[str, Mapping[str, TensorInfo]],
 ) -> RankFiles:
-    pp_size, tp_size = _sizes(checkpoint.name, headers)
+    pp_size, tp_size = sizes_by_names(checkpoint.name, headers)
     spec = describe(checkpoint).spec
     why: list[str] = []
     for layout in LAYOUTS.values():
@@ -275,9 +275,13 @@ def _check_expected(
             raise LayoutError(f"{rank} has {name!r}, which is not known")
 
 
-def _sizes(where: str, names: Iterable[str]) -> tuple[int, int]:
-    """Pipeline and tensor parallel size, from the names of the files."""
-    ranks = {_rank_of(name) for name in names}
+def sizes_by_names(where: str, names: Iterable[str]) -> tuple[int, int]:
+    """Pipeline and tensor parallel size, as the names of rank files imply.
+
+    Raises:
+        CheckpointError: there are none, or not those of all ranks.
+    """
+    ranks = {_rank_of(name) for name in names if _RANK_FILE.fullmatch(name)}
     if not ranks:
         raise CheckpointError(f"{where} has no rank files", hint="check the path")
     pp_size, tp_size = (max(r[i] for r in ranks) + 1 for i in (0, 1))

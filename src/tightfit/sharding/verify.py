@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import require_weights
+from tightfit.checkpoint.files import MANIFEST, find_weights
 from tightfit.checkpoint.header import TensorInfo, read_header
-from tightfit.checkpoint.source import safe_name
+from tightfit.checkpoint.source import LocalSource, safe_name
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
@@ -17,6 +18,8 @@ from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.sharding.compare import equal
 from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
 from tightfit.sharding.progress import Progress, checksum
+from tightfit.sharding.rank_files import sizes_by_names
+from tightfit.sharding.ranks import not_whole
 from tightfit.sharding.stream import SourceFiles
 
 
@@ -69,6 +72,36 @@ def verify(
         compared_with_source=against is not None,
         problems=tuple(problems),
     )
+
+
+def require_manifest(directory: Path) -> None:
+    """Say what a directory is that has no manifest, as far as its files tell.
+
+    Raises:
+        CheckpointError: it is a plain checkpoint.
+        VerificationError: it has rank files, and nothing vouches for them.
+    """
+    if (directory / MANIFEST).exists():
+        return
+    if error := not_whole(directory):
+        raise error
+    source = LocalSource(directory)
+    weights = find_weights(source)
+    if weights.files:
+        raise CheckpointError(
+            f"{directory} is a plain checkpoint ({weights.files[0]}), and not an output of "
+            "`tightfit shard`",
+            hint="shard it first; a plain checkpoint has no checksums to verify",
+        )
+    if weights.is_sharded:
+        stages, size = sizes_by_names(directory.name, source.files())
+        raise VerificationError(
+            f"{directory} has rank files for tensor parallel size {size}"
+            + (f" and {stages} pipeline stages" if stages > 1 else "")
+            + f", but no {MANIFEST} that vouches for them",
+            hint="if vLLM's own script made it, `tightfit shard DIR OUT` checks its names, shapes "
+            "and copies and writes one with a manifest",
+        )
 
 
 def check_tensor_parallel_size(manifest: Manifest, asked: int | None, where: str) -> int:
