@@ -19,7 +19,7 @@ from tightfit.planner.engines.builtin_memory import step_components
 from tightfit.planner.kv_cache import CacheDtypes, kv_layout, layer_kinds
 from tightfit.runtime.launch import launch_ranks
 from tightfit.runtime.memory import CpuLedger
-from tightfit.units import MiB, dtype_bytes
+from tightfit.units import MiB
 
 TESTS = Path(__file__).parents[1]
 CONFIG = {
