@@ -17,7 +17,13 @@ from tightfit.planner.engines.vllm_captures import captured_sizes, cudagraph_mod
 from tightfit.planner.engines.vllm_kv import layout, packed_latents, usual_block
 from tightfit.planner.engines.vllm_memory import components
 from tightfit.planner.engines.vllm_setting import Setting
-from tightfit.planner.engines.vllm_versions import Rules, default_runner, is_newer, rules_of
+from tightfit.planner.engines.vllm_versions import (
+    MEASURED_VERSION,
+    Rules,
+    default_runner,
+    is_newer,
+    rules_of,
+)
 from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
@@ -32,7 +38,7 @@ class VLLM(Engine):
     name = "vllm"
     models_driver = True
     out_of_memory = "torch.OutOfMemoryError: CUDA out of memory."
-    not_modelled = (
+    not_modelled: tuple[str, ...] = (
         "speculative decoding",
         "other processes on the device",
     )
@@ -42,6 +48,9 @@ class VLLM(Engine):
         self.rules = rules_of(version)
         self.version = version or self.rules.version
         self.held_back_blocks = self.rules.null_block
+        if self.rules.version != MEASURED_VERSION:
+            own = f"differences of kernels and graphs from {MEASURED_VERSION}, whose constants are used"
+            self.not_modelled = (*self.not_modelled, own)
         if is_newer(self.version):
             known = self.rules.version
             self.warnings = (f"vLLM {self.version} is newer than {known}, whose rules were used",)

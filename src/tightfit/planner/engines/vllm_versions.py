@@ -16,6 +16,8 @@ from tightfit.model.blocks.mlp import MoE
 from tightfit.model.spec import ModelSpec
 
 DEFAULT_VERSION = "0.32.0"
+MEASURED_VERSION = "0.25.1"
+"""The version that the constants of `vllm_calibration.json` were measured with."""
 
 
 class Charge(Enum):
