@@ -49,7 +49,7 @@ class VLLM(Engine):
         self.version = version or self.rules.version
         self.held_back_blocks = self.rules.null_block
         if self.rules.version != MEASURED_VERSION:
-            own = f"differences of kernels and graphs from {MEASURED_VERSION}, whose constants are used"
+            own = f"how kernels and graphs differ from {MEASURED_VERSION}, where they were measured"
             self.not_modelled = (*self.not_modelled, own)
         if is_newer(self.version):
             known = self.rules.version
