@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from support.tiny_models import make_tiny_model
 
 # The suite shares few cores with its own subprocesses, and its matrices are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A job in the background ignores interrupts, and so would every subprocess that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
