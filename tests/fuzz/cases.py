@@ -70,6 +70,10 @@ junk = st.recursive(
 )
 
 
+# Read once, for files may change while a long run goes on.
+_config = lru_cache(maxsize=None)(read_config)
+
+
 @lru_cache
 def _known_values() -> dict[str, list[Any]]:
     """Every key of all configs, with values that it has there."""
@@ -84,20 +88,20 @@ def _known_values() -> dict[str, list[Any]]:
                 collect(inner)
 
     for name in MODELS:
-        collect(read_config(name))
+        collect(_config(name))
     return found
 
 
-def _places(value: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
-    """Every container with each of its keys or indices."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield value, key
-            yield from _places(inner, depth + 1)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value[:50]):
-            yield value, index
-            yield from _places(inner, depth + 1)
+def _places(config: Any) -> list[tuple[Any, Any]]:
+    """Every container in a config with each of its keys or indices."""
+    found: list[tuple[Any, Any]] = []
+    left = [config]
+    while left:
+        value = left.pop()
+        keys = list(value) if isinstance(value, dict) else list(range(min(len(value), 50)))
+        found += [(value, key) for key in keys]
+        left += [value[key] for key in keys if isinstance(value[key], dict | list)]
+    return found
 
 
 def _deep(levels: int) -> Any:
@@ -132,9 +136,9 @@ def configs(draw: st.DrawFn) -> Any:
         architecture = draw(st.sampled_from(architectures()))
         fields = draw(st.dictionaries(st.sampled_from(sorted(_known_values())), junk, max_size=8))
         return {**fields, "architectures": [architecture]}
-    config = deepcopy(read_config(draw(st.sampled_from(MODELS))))
+    config = deepcopy(_config(draw(st.sampled_from(MODELS))))
     for _ in range(draw(st.sampled_from([0, 1, 1, 1, 2, 3, 4]))):
-        places = list(_places(config))
+        places = _places(config)
         if not places:
             break
         where, key = draw(st.sampled_from(places))
@@ -153,11 +157,11 @@ def configs(draw: st.DrawFn) -> Any:
         elif kind == 6:
             where[key] = draw(
                 st.sampled_from(
-                    [{str(key): where[key]}, [where[key]], deepcopy(config), _deep(900)]
+                    [{str(key): where[key]}, [where[key]], deepcopy(config), _deep(150)]
                 )
             )
         else:
-            other = read_config(draw(st.sampled_from(MODELS)))
+            other = _config(draw(st.sampled_from(MODELS)))
             name = draw(st.sampled_from(sorted(other)))
             config[name] = deepcopy(other[name])
     return config

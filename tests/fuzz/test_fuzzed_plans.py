@@ -6,27 +6,29 @@
 import os
 import resource
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from fuzz.cases import check, configs, option_sets, questions
 
 CASES = int(os.environ.get("TIGHTFIT_FUZZ_CASES", "0"))
-MOST_MEMORY = 256 * 2**20
-"""Bytes by which all cases together may grow the process."""
+MOST_BYTES = 128 * 2**20
+"""By which one case may raise the peak of the process."""
 
 seen: Counter[str] = Counter()
 
 
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory() -> Any:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def told() -> Iterator[None]:
     yield
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"\n{seen.total()} cases, {grown // 1024} MiB more memory: {dict(seen.most_common())}")
-    assert grown * 1024 < MOST_MEMORY
+    print(f"\n{seen.total()} cases: {dict(seen.most_common())}")
 
 
 @settings(
@@ -36,10 +38,9 @@ def bounded_memory() -> Any:
     deadline=None,
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
-    verbosity=Verbosity.normal,
-    report_multiple_bugs=True,
-    print_blob=False,
 )
 @given(config=configs(), options=option_sets(), question=questions)
 def test_any_config_and_options(config: Any, options: dict[str, Any], question: str) -> None:
+    before = peak_bytes()
     seen[check(config, options, question)] += 1
+    assert peak_bytes() - before < MOST_BYTES
