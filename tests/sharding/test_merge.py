@@ -15,7 +15,13 @@ from support.tiny_models import RECIPES
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
-from tightfit.errors import CheckpointError, LayoutError, TightfitError, VerificationError
+from tightfit.errors import (
+    CheckpointError,
+    LayoutError,
+    TightfitError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from tightfit.sharding import gather, stream
 from tightfit.sharding.manifest import ORIGINALS
 from tightfit.sharding.merge import merge, prepare_merge
@@ -53,7 +59,7 @@ def cut(model: Path, out: Path, size: int, layout: str, stages: int = 1) -> bool
     """Whether this model can be cut so."""
     try:
         write_shards(model, out, size, layout=layout, pipeline_parallel_size=stages)
-    except TightfitError:
+    except (LayoutError, UnsupportedModelError):
         assert not out.exists()
         return False
     return True

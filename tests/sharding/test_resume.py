@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,6 @@ def test_damaged_journals(damage: str, tiny_model: TinyModel, tmp_path: Path) ->
 
 
 def test_another_source_proves_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
-    import shutil
 
     model, out = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model")), tmp_path / "out"
     total = begin(model, out)
@@ -235,12 +235,25 @@ def test_the_rest_without_saying_which(tiny_model: TinyModel, tmp_path: Path) ->
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("model-rank-[12]*")} == kept
 
 
+def test_ranks_that_were_written_elsewhere(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """On local disks of several machines, and copied into one directory."""
+    model, out = tiny_model("llama"), tmp_path / "out"
+    write(model, tmp_path / "whole", size=4)
+    for ranks in ({0, 1}, {2, 3}):
+        local = tmp_path / f"local{min(ranks)}"
+        write(model, local, size=4, ranks=ranks)
+        shutil.copytree(local, out, dirs_exist_ok=True)
+    bars = Copied()
+    write(model, out, size=4, bars=bars, resume=True)
+    assert bars.totals == {}
+    assert digests(out) == digests(tmp_path / "whole")
+
+
 def test_ranks_killed_anywhere(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama_mqa")
     write(model, tmp_path / "whole", size=4)
     expected = digests(tmp_path / "whole")
     write(model, tmp_path / "rest", size=4, ranks={0, 1, 3})
-    import shutil
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(tmp_path / "rest", tmp_path / name))

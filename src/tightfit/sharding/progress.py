@@ -6,7 +6,7 @@ from typing import Protocol
 
 import xxhash
 
-from tightfit.sharding.stream import BUFFER_BYTES
+_BLOCK_BYTES = 2**20
 
 
 class Progress(Protocol):
@@ -24,7 +24,7 @@ def checksum(fd: int, offset: int, nbytes: int, advance: Callable[[int], None]) 
     digest = xxhash.xxh3_128()
     done = 0
     while done < nbytes:
-        data = os.pread(fd, min(BUFFER_BYTES, nbytes - done), offset + done)
+        data = os.pread(fd, min(_BLOCK_BYTES, nbytes - done), offset + done)
         if not data:
             break
         digest.update(data)
