@@ -59,7 +59,7 @@ def cut(model: Path, out: Path, size: int, layout: str, stages: int = 1) -> bool
     """Whether this model can be cut so."""
     try:
         write_shards(model, out, size, layout=layout, pipeline_parallel_size=stages)
-    except (LayoutError, UnsupportedModelError):
+    except (CheckpointError, LayoutError, UnsupportedModelError):
         assert not out.exists()
         return False
     return True
