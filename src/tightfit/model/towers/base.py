@@ -9,6 +9,7 @@ from tightfit.errors import UsageError
 from tightfit.model.layout import Weight
 
 _LARGEST = 2**40
+MODALITIES = ("image", "video", "audio", "vision_chunk")
 Sizes = Mapping[str, Mapping[str, int]]
 """Per modality, the `width`, `height`, `num_frames` or `length` of `limit_mm_per_prompt`."""
 
@@ -44,23 +45,29 @@ class Media(ABC):
     __slots__ = ()
 
     @abstractmethod
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """The largest item of each modality.
 
         Args:
             processor: the processor's settings; absent ones are those of the published model.
             max_tokens: tokens of the longest context, which bounds videos.
+            sizes: the user's limits of width, height, or number of frames; media whose items have
+                one size only ignore them.
+            active: modalities that share the context, which matters to some models: InternVL.
         """
+
+    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+        """The largest items if nothing limits them."""
+        return self.items(processor, max_tokens, {}, MODALITIES)
 
     def profiled(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """The largest items within the user's limits of width, height, or number of frames.
-
-        Media whose items have one size only ignore the limits. Only items of `active` modalities
-        are asked for, which in some models share a context: InternVL.
-        """
-        return tuple(i for i in self.largest(processor, max_tokens) if i.modality in active)
+        """The largest items of the modalities that are active."""
+        items = self.items(processor, max_tokens, sizes, active)
+        return tuple(item for item in items if item.modality in active)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,15 +17,11 @@ class Configured(Media):
     media: Media
     settings: Mapping[str, Any]
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """The largest items with both settings."""
-        return self.media.largest(overlaid(self.settings, processor), max_tokens)
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """The profiled items with both settings."""
-        return self.media.profiled(overlaid(self.settings, processor), max_tokens, sizes, active)
+        """The items with both settings."""
+        return self.media.items(overlaid(self.settings, processor), max_tokens, sizes, active)
 
 
 def configured(tower: Tower, settings: Mapping[str, Any]) -> Media:

@@ -1,6 +1,6 @@
 """The Universal Speech Model's conformer in Gemma 3n and 4: whole on every rank in vLLM."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from tightfit.errors import ConfigError
 from tightfit.model.blocks.linear import norm, replicated, vector
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Tower, whole_number
+from tightfit.model.towers.base import Item, Media, Sizes, Tower, whole_number
 from tightfit.model.towers.vit import WHERE, convolution, parameter
 
 MEL_BINS = 128
@@ -22,7 +22,9 @@ class AudioClips(Media):
 
     tokens: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """The longest clip; `audio_seq_length` of the processor says how many embeddings it has."""
         tokens = whole_number(processor, "audio_seq_length", self.tokens)
         inputs = tokens * FRAMES_PER_TOKEN * MEL_BINS

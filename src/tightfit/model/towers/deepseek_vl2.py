@@ -36,16 +36,13 @@ class TiledImages(Media):
     """Heights and widths."""
     downsample: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """The resolution with the most embeddings, of which every line has one more."""
-        return self.profiled(processor, max_tokens, {}, ("image",))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size choose another resolution."""
-        if "image" not in active:
-            return ()
+        """The resolution with the most embeddings, of which every line has one more.
+
+        Limits of the size choose another resolution.
+        """
         height, width = max(self.resolutions, key=self._tokens)
         limited = (
             size_limit(sizes, "image", "height", height),

@@ -35,18 +35,13 @@ class Gemma3Images(Media):
     tokens: int
     channels: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """An image as tall as the most crops, and one crop wide, as vLLM's dummy is."""
-        return self.profiled(processor, max_tokens, {}, ())
-
-    def profiled(
-        self,
-        processor: Mapping[str, Any],
-        max_tokens: int,
-        sizes: Sizes,
-        active: Collection[str],
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """That image within a limit of width or height."""
+        """An image as tall as the most crops, and one crop wide, as vLLM's dummy is.
+
+        That image within a limit of width or height.
+        """
         given = scoped(processor, "images_kwargs")
         most = whole_number(given, "pan_and_scan_max_num_crops", DEFAULT_MAX_CROPS)
         width = size_limit(sizes, "image", "width", self.image_size)

@@ -52,18 +52,13 @@ class Gemma4Images(Media):
     patch_size: int
     pool: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """What the budget counts; the image and the frames that are profiled are smaller."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
-        self,
-        processor: Mapping[str, Any],
-        max_tokens: int,
-        sizes: Sizes,
-        active: Collection[str],
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Dummies of 224 x 224 pixels, or of fewer where a limit says so."""
+        """What the budget counts; the image and the frames that are profiled are smaller.
+
+        Dummies of 224 x 224 pixels, or of fewer where a limit says so.
+        """
         wanted = scoped(processor, "images_kwargs").get("max_soft_tokens")
         image = wanted if wanted in SOFT_TOKENS else self.tokens
         frames = size_limit(sizes, "video", "num_frames", MOST_FRAMES)
@@ -77,7 +72,6 @@ class Gemma4Images(Media):
                 profiled_tokens=count * self._soft_tokens(soft, sizes, modality),
             )
             for modality, (count, soft, text) in most.items()
-            if modality in active
         )
 
     def _soft_tokens(self, most: int, sizes: Sizes, modality: str) -> int:

@@ -44,14 +44,13 @@ class GlmMedia(Media):
     max_pixels: int = 9_633_792
     video_max_pixels: int = 47_040_000
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """Of a video, the number of frames whose embeddings are the most within the context."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size make items smaller for the budget as well."""
+        """Of a video, the number of frames whose embeddings are the most within the context.
+
+        Limits of the size make items smaller for the budget as well.
+        """
         images, videos = scoped(processor, "images_kwargs"), scoped(processor, "videos_kwargs")
         temporal = self.grid.temporal_patch_size
         bounds = pixel_bounds(images, self.min_pixels, self.max_pixels)

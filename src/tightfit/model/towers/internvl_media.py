@@ -37,14 +37,13 @@ class InternVLMedia(Media):
     thumbnail: bool
     names: TileNames = TileNames()
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """A video fills what one image leaves of the context."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """When a video is profiled, there is no image beside it, so it may be longer."""
+        """A video fills what one image leaves of the context.
+
+        When a video is profiled, there is no image beside it, so it may be longer.
+        """
         most = self._tiles(processor, None)
         limited = "height" in sizes.get("image", {}) or "width" in sizes.get("image", {})
         found = []

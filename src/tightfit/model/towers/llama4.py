@@ -54,18 +54,13 @@ class Llama4Images(Media):
     """Of a tile, after pixel shuffle."""
     channels: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """As many tiles as `max_patches` allows, one above the other."""
-        return self.profiled(processor, max_tokens, {}, ())
-
-    def profiled(
-        self,
-        processor: Mapping[str, Any],
-        max_tokens: int,
-        sizes: Sizes,
-        active: Collection[str],
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """That image within a limit of width or height."""
+        """As many tiles as `max_patches` allows, one above the other.
+
+        That image within a limit of width or height.
+        """
         given, tile = scoped(processor, "images_kwargs"), self.image_size
         most = min(MOST_TILES, whole_number(given, "max_patches", DEFAULT_MAX_TILES))
         width = size_limit(sizes, "image", "width", tile)

@@ -1,6 +1,6 @@
 """LLaVA's images: one size, and the features of an inner layer of CLIP or SigLIP."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from tightfit.errors import UnsupportedModelError
 from tightfit.model.blocks.linear import column_parallel, row_parallel
 from tightfit.model.config import Config
 from tightfit.model.layout import Axis, Weight
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower
 from tightfit.model.towers.clip import clip, feature_layers
 from tightfit.model.towers.vit import WHERE
 
@@ -24,7 +24,9 @@ class FixedImages(Media):
     tokens: int
     pixels: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """The image."""
         return (
             Item(modality="image", patches=self.patches, tokens=self.tokens, inputs=self.pixels),

@@ -1,6 +1,6 @@
 """Llama 3.2 Vision's encoder of tiles: `models/mllama.py` of vLLM up to 0.10.2."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,7 +9,7 @@ from tightfit.errors import ConfigError
 from tightfit.model.blocks.linear import column_parallel, norm, vector
 from tightfit.model.config import Config
 from tightfit.model.layout import Axis, Cut, Part, Weight
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -46,7 +46,9 @@ class TiledImages(Media):
     pixels: int
     """Elements of a tile."""
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """All tiles of an image."""
         return (
             Item(

@@ -33,7 +33,9 @@ class MoonMedia(Media):
     side_limit: int = 512
     frames: int = 4
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """The larger of an image and a chunk of a video, of 3000 x 3000 pixels each."""
         given = scoped(processor, "media_proc_cfg")
         limit = whole_number(given, "in_patch_limit", self.patch_limit)
@@ -72,16 +74,13 @@ class MoonImages(Media):
     patch_limit: int = 65_536
     side_limit: int = 512
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """Source: vLLM's `kimi_k3/common/mm_preprocess.py: get_max_image_size`."""
-        return self.profiled(processor, max_tokens, {}, ("image",))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size make images smaller for the budget as well."""
-        if "image" not in active:
-            return ()
+        """Source: vLLM's `kimi_k3/common/mm_preprocess.py: get_max_image_size`.
+
+        Limits of the size make images smaller for the budget as well.
+        """
         given = scoped(processor, "media_proc_cfg")
         limit = whole_number(given, "in_patch_limit", self.patch_limit)
         side = min(whole_number(given, "patch_limit_on_one_side", self.side_limit), _LONGEST_SIDE)

@@ -48,18 +48,13 @@ class MuseMedia(Media):
     temporal: int
     """Frames of a group, which is encoded like an image."""
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """Squares; a video has as many groups of frames as the context holds."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
-        self,
-        processor: Mapping[str, Any],
-        max_tokens: int,
-        sizes: Sizes,
-        active: Collection[str],
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Those within a limit of width, height or frames; the budget counts the largest."""
+        """Squares; a video has as many groups of frames as the context holds.
+
+        Those within a limit of width, height or frames; the budget counts the largest.
+        """
         most = max(1, min(max_tokens // MOST_FRAME_TOKENS, MOST_FRAMES // self.temporal))
         frames = size_limit(sizes, "video", "num_frames", most * self.temporal)
         kinds = (
@@ -69,7 +64,6 @@ class MuseMedia(Media):
         return tuple(
             self._item(modality, each, counted, groups, depth, sizes)
             for modality, each, counted, groups, depth in kinds
-            if modality in active
         )
 
     def _item(

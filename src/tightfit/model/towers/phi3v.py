@@ -39,16 +39,13 @@ class Phi3VImages(Media):
 
     num_crops: int = 16
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """A very tall image, which has most ends of lines."""
-        return self.profiled(processor, max_tokens, {}, ("image",))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size make the grid smaller, though not what the encoder sees."""
-        if "image" not in active:
-            return ()
+        """A very tall image, which has most ends of lines.
+
+        Limits of the size make the grid smaller, though not what the encoder sees.
+        """
         crops = whole_number(processor, "num_crops", self.num_crops)
         if crops > MOST_CROPS:
             crops = MOST_CROPS

@@ -49,18 +49,13 @@ class PixtralImages(Media):
     merge: int
     channels: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """A square of the longest edge, which `size` of the processor overrides."""
-        return self.profiled(processor, max_tokens, {}, ())
-
-    def profiled(
-        self,
-        processor: Mapping[str, Any],
-        max_tokens: int,
-        sizes: Sizes,
-        active: Collection[str],
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """The square, or what is left of it within a limit of width or height."""
+        """A square of the longest edge, which `size` of the processor overrides.
+
+        The square, or what is left of it within a limit of width or height.
+        """
         edge = self._longest_edge(processor)
         unit = self.patch_size * self.merge
         sides = [size_limit(sizes, "image", side, edge) for side in ("width", "height")]

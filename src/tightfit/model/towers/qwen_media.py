@@ -53,21 +53,18 @@ class Qwen2Media(Media):
     max_pixels: int = 12_845_056
     """Of the published Qwen2-VL and Qwen2.5-VL: 16,384 embeddings."""
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """Videos are bounded by the context and by 14 frames."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size change what is profiled, and not what the budget counts."""
+        """Videos are bounded by the context and by 14 frames.
+
+        Limits of the size change what is profiled, and not what the budget counts.
+        """
         images, videos = scoped(processor, "images_kwargs"), scoped(processor, "videos_kwargs")
         size = largest_image(self._bounds(images)[1], self.grid.unit)
         frames = self._frames(self._resize(size, videos), max_tokens)
         found = []
         for modality, settings, count in (("image", images, 1), ("video", videos, frames)):
-            if modality not in active:
-                continue
             full = self.grid.item(modality, self._resize(size, settings), count)
             height = size_limit(sizes, modality, "height", size[0])
             width = size_limit(sizes, modality, "width", size[1])
@@ -99,19 +96,17 @@ class Qwen3Media(Media):
     video_max_pixels: int = 25_165_824
     """Of the published Qwen3-VL and Qwen3.5: 16,384 embeddings of an image, 12,288 of a video."""
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
-        """The context does not bound videos."""
-        return self.profiled(processor, max_tokens, {}, ("image", "video"))
-
-    def profiled(
+    def items(
         self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
     ) -> tuple[Item, ...]:
-        """Limits of the size change what is profiled, and not what the budget counts."""
-        items = (
+        """The context does not bound videos.
+
+        Limits of the size change what is profiled, and not what the budget counts.
+        """
+        return (
             self._item("image", scoped(processor, "images_kwargs"), sizes),
             self._item("video", scoped(processor, "videos_kwargs"), sizes),
         )
-        return tuple(item for item in items if item.modality in active)
 
     def _item(self, modality: str, settings: Mapping[str, Any], sizes: Sizes) -> Item:
         image = modality == "image"

@@ -1,6 +1,6 @@
 """Whisper's encoder: two convolutions over mel frames, and a transformer (`models/whisper.py`)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from tightfit.model.blocks.cross_attention import KeysWithoutBias
 from tightfit.model.blocks.linear import norm
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower
 from tightfit.model.towers.vit import WHERE, VisionLayers, convolution, parameter, vision_mlp
 
 FRAMES_PER_POSITION = 2
@@ -24,7 +24,9 @@ class PaddedClips(Media):
     positions: int
     mel_bins: int
 
-    def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
         """The clip."""
         inputs = self.positions * FRAMES_PER_POSITION * self.mel_bins
         return (
