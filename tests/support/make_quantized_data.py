@@ -14,14 +14,6 @@ import sys
 import tempfile
 from unittest.mock import MagicMock
 
-os.environ |= {
-    "VLLM_TARGET_DEVICE": "cpu",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -208,6 +200,14 @@ def _line(tensor):
 
 
 def main():
+    # Not at import: tests read the configurations above in processes that start vLLM themselves.
+    os.environ |= {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     import compressed_tensors
 
     import vllm
