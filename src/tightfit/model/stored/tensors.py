@@ -1,52 +1,14 @@
-"""What the files of a sharded checkpoint call the parameters, per engine and version.
-
-vLLM's `ShardedStateLoader` demands exactly the names of its own state dict, which follow its module
-tree and drift between versions: of tensors that share memory only the alphabetically first name is
-stored, and every attention layer wants four float32 scalars, although nothing is quantized. The
-names of each family are in `stored_names`.
-"""
+"""All tensors of the files of a rank, under the names of a layout."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
-from tightfit.errors import UsageError
 from tightfit.model.layout import Rank, RankTensor, Weight, on_rank
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
-from tightfit.model.stored_names import FamilyNames, constants, family_names
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredLayout:
-    """The naming of one engine version; `uneven` layouts need an engine that accepts them."""
-
-    name: str
-    uneven: bool
-    family: Callable[[str], FamilyNames]
-    """The names of an architecture."""
-
-
-_VLLM_0_32 = StoredLayout(name="vllm-0.32", uneven=False, family=family_names)
-
-LAYOUTS: Mapping[str, StoredLayout] = {
-    "vllm-0.32": _VLLM_0_32,
-    "builtin": replace(_VLLM_0_32, name="builtin", uneven=True),
-}
-"""`builtin` has vLLM's names, but heads and widths that do not divide are dealt unevenly."""
-
-DEFAULT_LAYOUT = "vllm-0.32"
-
-
-def stored_layout(name: str) -> StoredLayout:
-    """Find a layout by name.
-
-    Raises:
-        UsageError: no such layout.
-    """
-    if name not in LAYOUTS:
-        raise UsageError(f"unknown layout {name!r}", hint="layouts: " + ", ".join(LAYOUTS))
-    return LAYOUTS[name]
+from tightfit.model.stored.layouts import StoredLayout
+from tightfit.model.stored.names import FamilyNames, constants
 
 
 def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[RankTensor, ...]:
