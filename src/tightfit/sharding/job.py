@@ -2,7 +2,9 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from tightfit import __version__
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe, require_weights
 from tightfit.checkpoint.header import TensorInfo
@@ -25,16 +27,15 @@ _KEPT_BYTES = 256 * MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardJob:
-    """Everything about a sharding job before the first byte is read.
+class Job:
+    """Parts to write, and what to copy into them, before the first byte is read.
 
-    `ranks` are those that it writes. `cut_again` is the source where that is a sharded directory
-    itself. `source_name`, `source_fingerprint` and `left_out` are for the manifest.
+    `ranks` of `parallel` are those that are written. `cut_again` is the source where that is a
+    sharded directory itself. `source_fingerprint` is of the
+    plain checkpoint.
     """
 
     checkpoint: Checkpoint
-    spec: ModelSpec
-    layout: StoredLayout
     parallel: Parallel
     ranks: tuple[int, ...]
     max_shard_bytes: int
@@ -42,19 +43,47 @@ class ShardJob:
     copies: tuple[TensorCopies, ...]
     gathers: tuple[Gather, ...] = ()
     cut_again: RankFiles | None = None
-    source_name: str
     source_fingerprint: str
-    left_out: Mapping[str, str | None]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What has to be the same to go on with what another call has begun."""
+        return {
+            "tightfit": __version__,
+            "max_shard_bytes": self.max_shard_bytes,
+            "source_fingerprint": self.source_fingerprint,
+        }
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all rank files."""
+        """Bytes of all files of weights."""
         return sum(part.nbytes for part in self.parts)
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of them that come from the source."""
         return copied_bytes(self.copies, self.gathers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob(Job):
+    """A job of `shard`; `source_name` and `left_out` are for the manifest."""
+
+    spec: ModelSpec
+    layout: StoredLayout
+    source_name: str
+    left_out: Mapping[str, str | None]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The layout as well."""
+        return {
+            "layout": self.layout.name,
+            "tensor_parallel_size": self.parallel.tensor_parallel_size,
+            "pipeline_parallel_size": self.parallel.pipeline_parallel_size,
+            "world_size": self.parallel.world_size,
+            **super(ShardJob, self).identity,
+        }
 
 
 def prepare(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.errors import OutputError
-from tightfit.sharding.ranks import rank_journal
 
 States = Mapping[str, list[int] | None]
 """Size and time of modification of source files; None for remote ones."""
@@ -33,9 +32,9 @@ class Journal:
     """
 
     def __init__(
-        self, directory: Path, rank: int, job: Mapping[str, Any], sources: States, *, resume: bool
+        self, path: Path, rank: int, job: Mapping[str, Any], sources: States, *, resume: bool
     ) -> None:
-        self.path = directory / rank_journal(rank)
+        self.path = path
         self.noted: dict[tuple[str, str], str] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._fd = -1
@@ -43,7 +42,7 @@ class Journal:
         try:
             while True:
                 self._fd = os.open(self.path, flags, 0o666)
-                self._lock(rank, directory)
+                self._lock(rank, path.parent)
                 status = os.fstat(self._fd)
                 if status.st_nlink:
                     break
@@ -52,7 +51,7 @@ class Journal:
             mine = status.st_size == 0
             if not mine and not resume:
                 raise OutputError(
-                    f"rank {rank} in {directory} was begun by another run",
+                    f"rank {rank} in {path.parent} was begun by another run",
                     hint=f"--resume continues it; or remove {self.path.name} and its files",
                 )
             self._begin({"job": dict(job), "sources": dict(sources)}, status.st_size)

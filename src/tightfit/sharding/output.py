@@ -14,11 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tightfit import __version__
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
 from tightfit.errors import OutputError
-from tightfit.sharding.job import ShardJob
+from tightfit.sharding.job import Job
 from tightfit.sharding.journal import Journal, States
 from tightfit.sharding.manifest import Manifest, manifest_of, read_manifest
 from tightfit.sharding.parts import Part
@@ -50,7 +49,7 @@ class ShardOutput:
         VerificationError: what is there already is damaged.
     """
 
-    def __init__(self, path: Path, job: ShardJob, *, resume: bool) -> None:
+    def __init__(self, path: Path, job: Job, *, resume: bool) -> None:
         self.path, self._job, self._resume = path, job, resume
         self.whole: Manifest | None = None
         self.ranks: tuple[int, ...] = ()
@@ -81,6 +80,10 @@ class ShardOutput:
         if not self._committed and isinstance(error, OSError) and is_about(error, self.path):
             raise output_error(error, self.path, 0, left=self._left_behind) from error
 
+    def journal_name(self, rank: int) -> str:
+        """Where what is complete is noted."""
+        return rank_journal(rank)
+
     def todo(self) -> tuple[Part, ...]:
         """The parts that this call writes."""
         return tuple(part for part in self._job.parts if part.rank.rank in self.ranks)
@@ -99,8 +102,9 @@ class ShardOutput:
         noted: dict[tuple[str, str], str] = {}
         with self._errors(self.path, 0):
             for rank in self.ranks:
+                path = self.path / self.journal_name(rank)
                 self._journals[rank] = Journal(
-                    self.path, rank, self._identity(), sources, resume=self._resume
+                    path, rank, self._job.identity, sources, resume=self._resume
                 )
                 noted |= self._journals[rank].noted
         return noted
@@ -176,7 +180,7 @@ class ShardOutput:
             else:
                 for rank in self.ranks:
                     document = manifest.only(rank).to_json()
-                    lines = [_encoded({"job": self._identity()}), b"\n", _encoded(document)]
+                    lines = [_encoded({"job": dict(self._job.identity)}), b"\n", _encoded(document)]
                     self._write(self.path / rank_manifest(rank), lines)
                 self._committed = True
                 manifest = self._united(manifest)
@@ -251,7 +255,7 @@ class ShardOutput:
                     else "give a new directory, or remove that one yourself"
                 ),
             )
-        mine = self._identity()
+        mine = self._job.identity
         for name in sorted(ours - {MANIFEST}):
             other = read_job(path / name)
             differing = [key for key in mine if other and other.get(key) != mine[key]]
@@ -338,18 +342,6 @@ class ShardOutput:
             self._made.append(final)
         os.rename(partial, final)
         sync_directory(self.path)
-
-    def _identity(self) -> dict[str, Any]:
-        job = self._job
-        return {
-            "tightfit": __version__,
-            "layout": job.layout.name,
-            "tensor_parallel_size": job.parallel.tensor_parallel_size,
-            "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
-            "world_size": job.parallel.world_size,
-            "max_shard_bytes": job.max_shard_bytes,
-            "source_fingerprint": job.source_fingerprint,
-        }
 
     def _partial(self, part: Part) -> Path:
         return self.path / f"{part.name}.partial"

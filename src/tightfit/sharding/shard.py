@@ -12,6 +12,7 @@ from tightfit.checkpoint.files import CONFIG
 from tightfit.checkpoint.writer import check_free_space
 from tightfit.sharding.agreement import check_rank_files
 from tightfit.sharding.gather import run_gather
+from tightfit.sharding.job import Job
 from tightfit.sharding.job import ShardJob as ShardJob
 from tightfit.sharding.job import prepare as prepare
 from tightfit.sharding.journal import States
@@ -50,43 +51,53 @@ def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = 
             return output.whole
         if not output.ranks:
             return output.unite(_manifest(job, output.proven))
-        check_free_space(directory, output.needed_bytes())
-        _allow_files(len(job.parts) + len(job.checkpoint.files))
-        states = _states(job)
-        for name in states:
-            # Opened before anything is copied, so that every change from now on is seen.
-            files.descriptor(name)
-        if job.cut_again is not None:
-            check_rank_files(job.cut_again, files, progress)
-        checksums = dict(output.proven)
-        noted = output.start(states)
-        opened = {part.name: output.open(part) for part in output.todo()}
-        targets = [opened[p.name][0] if p.name in opened else -1 for p in job.parts]
-        checksums |= _prove(job.parts, targets, noted, progress)
-        pending = Pending(job.parts, job.copies, job.gathers, checksums.keys())
-        for part in output.todo():
-            os.pwrite(opened[part.name][0], part.header, 0)
-        for number, one in pending.unproven():
-            _write_fill(one, targets[number], clear=opened[job.parts[number].name][1])
-        progress.phase("copying", pending.nbytes)
-
-        def complete(finished: Iterable[tuple[int, Placed]]) -> None:
-            for number, one in finished:
-                part, name = job.parts[number], one.tensor.name
-                found = checksum(targets[number], one.offset, one.tensor.nbytes, progress.advance)
-                checksums[part.name, name] = found
-                output.note(part, name, found)
-
-        complete(pending.without_source())
-        for group in pending.copies:
-            run_copies([group], files, targets, progress.advance)
-            complete(pending.finish(group))
-        for gather in pending.gathers:
-            run_gather(gather, files, targets[gather.target], progress.advance)
-            complete(pending.finish(gather))
-        files.check_unchanged()
+        checksums = write_parts(job, output, files, progress)
         _write_side_files(job, output)
         return output.commit(_manifest(job, checksums))
+
+
+def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Progress) -> Checksums:
+    """Write the parts of an entered output, all but what is proven to be there.
+
+    Returns:
+        The checksums of all tensors of the parts.
+    """
+    check_free_space(output.path, output.needed_bytes())
+    _allow_files(len(job.parts) + len(job.checkpoint.files))
+    states = _states(job)
+    for name in states:
+        # Opened before anything is copied, so that every change from now on is seen.
+        files.descriptor(name)
+    if job.cut_again is not None:
+        check_rank_files(job.cut_again, files, progress)
+    checksums = dict(output.proven)
+    noted = output.start(states)
+    opened = {part.name: output.open(part) for part in output.todo()}
+    targets = [opened[p.name][0] if p.name in opened else -1 for p in job.parts]
+    checksums |= _prove(job.parts, targets, noted, progress)
+    pending = Pending(job.parts, job.copies, job.gathers, checksums.keys())
+    for part in output.todo():
+        os.pwrite(opened[part.name][0], part.header, 0)
+    for number, one in pending.unproven():
+        _write_fill(one, targets[number], clear=opened[job.parts[number].name][1])
+    progress.phase("copying", pending.nbytes)
+
+    def complete(finished: Iterable[tuple[int, Placed]]) -> None:
+        for number, one in finished:
+            part, name = job.parts[number], one.tensor.name
+            found = checksum(targets[number], one.offset, one.tensor.nbytes, progress.advance)
+            checksums[part.name, name] = found
+            output.note(part, name, found)
+
+    complete(pending.without_source())
+    for group in pending.copies:
+        run_copies([group], files, targets, progress.advance)
+        complete(pending.finish(group))
+    for gather in pending.gathers:
+        run_gather(gather, files, targets[gather.target], progress.advance)
+        complete(pending.finish(gather))
+    files.check_unchanged()
+    return checksums
 
 
 def _manifest(job: ShardJob, checksums: Checksums) -> Manifest:
@@ -102,7 +113,7 @@ def _manifest(job: ShardJob, checksums: Checksums) -> Manifest:
     )
 
 
-def _states(job: ShardJob) -> States:
+def _states(job: Job) -> States:
     """By what a changed source file is told from the one that an earlier run has read."""
     names = {group.source.file for group in job.copies}
     names |= {one.file for gather in job.gathers for one in gather.slices}
