@@ -1,6 +1,6 @@
 """BLOOM: alibi, biases everywhere, and a LayerNorm right after the embedding."""
 
-from tightfit.model.blocks.attention import Attention, Projections
+from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
@@ -27,14 +27,9 @@ _DEFAULTS = {
 def spec(config: Config) -> ModelSpec:
     """The fused tensor interleaves heads, which changes no size."""
     config = config.renamed(_KEYS).with_defaults(_DEFAULTS)
-    hidden_size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        rope=None,
-        scale=head_dim**-0.5,
+    hidden_size = config.integer("hidden_size")
+    attention = decoder.plain_attention(
+        config,
         qkv_bias=True,
         output_bias=True,
         module="self_attention",

@@ -141,6 +141,34 @@ def attention(
     )
 
 
+def plain_attention(
+    config: Config, *, num_kv_heads: int | None = None, rope: Rope | None = None, **changes: Any
+) -> Attention:
+    """Attention as before Llama: heads fill the hidden size. `changes` are its fields."""
+    num_heads = config.integer("num_attention_heads")
+    head_dim = config.integer("hidden_size") // num_heads or 1
+    fields: Mapping[str, Any] = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads or num_heads,
+        "head_dim": head_dim,
+        "rope": rope,
+        "scale": head_dim**-0.5,
+    }
+    return Attention(**{**fields, **changes})
+
+
+def num_kv_shared_layers(config: Config, *, default: int) -> int:
+    """How many of the last layers read the cache of an earlier one."""
+    shared = config.integer("num_kv_shared_layers", default=default, minimum=0)
+    count = num_layers(config)
+    if shared >= count:
+        raise ConfigError(
+            f"{config.name} has num_kv_shared_layers = {shared}, and {count} layers in all",
+            hint="correct the config.json",
+        )
+    return shared
+
+
 def dense_mlp(config: Config, **changes: Any) -> DenseMLP:
     """The gated MLP of a config; `changes` are fields of `DenseMLP`."""
     fields: Mapping[str, Any] = {

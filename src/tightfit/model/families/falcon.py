@@ -5,7 +5,7 @@ The old architecture (7B) has a single KV head (`multi_query`) or none less than
 heads of a group, which changes no size.
 """
 
-from tightfit.model.blocks.attention import Attention, Projections
+from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
@@ -32,13 +32,10 @@ def spec(config: Config) -> ModelSpec:
         kv_heads = config.integer("num_kv_heads", "n_head_kv", default=heads)
     else:
         kv_heads = 1 if config.boolean("multi_query", default=True) else heads
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
+    attention = decoder.plain_attention(
+        config,
         num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope=None if config.boolean("alibi") else decoder.rope(config, head_dim),
-        scale=head_dim**-0.5,
+        rope=None if config.boolean("alibi") else decoder.rope(config, hidden_size // heads or 1),
         qkv_bias=bias,
         output_bias=bias,
         module="self_attention",

@@ -46,13 +46,8 @@ def _text(config: Config) -> ModelSpec:
     count, hidden = decoder.num_layers(config), config.integer("hidden_size")
     sliding = [kind == "sliding_attention" for kind in decoder.layer_types(config)]
     sliding = sliding or [bool((i + 1) % 5) for i in range(count)]
-    shared = config.integer("num_kv_shared_layers", default=15, minimum=0)
+    shared = decoder.num_kv_shared_layers(config, default=15)
     widths = _widths(config, count)
-    if shared >= count:
-        raise ConfigError(
-            f"{config.name} has num_kv_shared_layers = {shared}, and {count} layers in all",
-            hint="correct the config.json",
-        )
     size = config.integer("hidden_size_per_layer_input", default=256)
     inputs = config.integer("altup_num_inputs", default=4, maximum=64)
     mlp = DenseMLP(intermediate_size=widths[0], activation=config.text("hidden_activation"))

@@ -54,12 +54,7 @@ def _text(config: Config) -> ModelSpec:
     sliding = [kind == "sliding_attention" for kind in decoder.layer_types(config)]
     sliding = sliding or [bool((i + 1) % 6) for i in range(count)]
     sliding[-1] = False
-    shared = config.integer("num_kv_shared_layers", default=0, minimum=0)
-    if shared >= count:
-        raise ConfigError(
-            f"{config.name} has num_kv_shared_layers = {shared}, and {count} layers in all",
-            hint="correct the config.json",
-        )
+    shared = decoder.num_kv_shared_layers(config, default=0)
     size = config.integer("hidden_size_per_layer_input", default=256, minimum=0)
     extras: tuple[Block, ...] = (PerLayerInput(size=size),) if size else ()
     experts = _experts(config)

@@ -3,8 +3,10 @@
 GPT-2's Conv1D stores its matrices as `[in, out]`. Buffers of the causal mask are not loaded.
 """
 
+from dataclasses import replace
+
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.blocks.attention import Attention, Projections
+from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
@@ -42,19 +44,17 @@ def spec(config: Config) -> ModelSpec:
         if config.boolean(key):
             raise UnsupportedModelError(f"{key} in GPT-2 is not modelled, and vLLM refuses it")
     config = config.with_defaults(_DEFAULTS).renamed(_KEYS)
-    hidden_size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=1 if code and config.boolean("multi_query", default=True) else heads,
-        head_dim=head_dim,
-        rope=None,
-        scale=head_dim**-0.5 if config.boolean("scale_attn_weights", default=True) else 1.0,
+    hidden_size = config.integer("hidden_size")
+    attention = decoder.plain_attention(
+        config,
+        num_kv_heads=1 if code and config.boolean("multi_query", default=True) else None,
         qkv_bias=True,
         output_bias=True,
         module="attn",
         names=Projections(fused="c_attn", output="c_proj", transposed=not code),
     )
+    if not config.boolean("scale_attn_weights", default=True):
+        attention = replace(attention, scale=1.0)
     mlp = DenseMLP(
         intermediate_size=config.integer("intermediate_size", default=4 * hidden_size),
         activation=config.text(

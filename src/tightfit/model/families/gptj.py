@@ -1,6 +1,6 @@
 """GPT-J: MLP beside attention, one LayerNorm, neighbouring features rotated, a bias on the head."""
 
-from tightfit.model.blocks.attention import Attention, Projections, Rope
+from tightfit.model.blocks.attention import Projections, Rope
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
@@ -28,19 +28,15 @@ _DEFAULTS = {
 def spec(config: Config) -> ModelSpec:
     """Only the MLP and the head have biases."""
     config = config.with_defaults(_DEFAULTS).renamed(_KEYS)
-    hidden_size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
+    hidden_size = config.integer("hidden_size")
+    attention = decoder.plain_attention(
+        config,
         rope=Rope(
             theta=10_000.0,
             rotary_dim=config.integer("rotary_dim"),
             max_position_embeddings=config.integer("max_position_embeddings"),
             interleaved=True,
         ),
-        scale=head_dim**-0.5,
         module="attn",
         names=Projections(output="out_proj"),
     )

@@ -1,7 +1,7 @@
 """MPT: alibi, LayerNorms without a bias, a plain MLP. vLLM had it until 0.28."""
 
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.blocks.attention import Attention, Projections
+from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
@@ -31,14 +31,10 @@ def spec(config: Config) -> ModelSpec:
     if not options.boolean("alibi", default=True) or options.boolean("qk_ln"):
         raise UnsupportedModelError("MPT without alibi, or with qk_ln, is not modelled")
     bias = not config.boolean("no_bias", default=True)
-    hidden_size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=options.integer("kv_n_heads", default=heads),
-        head_dim=head_dim,
-        rope=None,
-        scale=head_dim**-0.5,
+    hidden_size = config.integer("hidden_size")
+    attention = decoder.plain_attention(
+        config,
+        num_kv_heads=options.integer("kv_n_heads", default=config.integer("num_attention_heads")),
         qkv_bias=bias,
         output_bias=bias,
         module="attn",

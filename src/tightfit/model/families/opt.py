@@ -1,7 +1,7 @@
 """OPT: learned positions (two more than it can use), LayerNorms before or, in the 350M, after."""
 
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.blocks.attention import Attention, Projections
+from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
@@ -29,14 +29,8 @@ def spec(config: Config) -> ModelSpec:
     if not config.boolean("layer_norm_elementwise_affine", default=True):
         raise UnsupportedModelError("layer_norm_elementwise_affine = false in OPT is not modelled")
     hidden_size, bias = config.integer("hidden_size"), config.boolean("enable_bias", default=True)
-    heads = config.integer("num_attention_heads")
-    head_dim = hidden_size // heads or 1
-    attention = Attention(
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        rope=None,
-        scale=head_dim**-0.5,
+    attention = decoder.plain_attention(
+        config,
         qkv_bias=bias,
         output_bias=bias,
         names=Projections(output="out_proj"),
