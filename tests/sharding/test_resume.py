@@ -3,14 +3,12 @@
 import os
 import random
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from support.interrupted import Copied, begin, digests, write
+from support.interrupted import Copied, begin, digests, in_child, write
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import OutputError, UsageError, VerificationError
@@ -20,51 +18,6 @@ from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
-CALLS = ("copy_file_range", "pwrite", "pwritev", "write", "open", "close", "rename", "unlink")
-CALLS += ("fsync", "mkdir", "ftruncate", "posix_fallocate", "pread")
-
-
-class Counted:
-    """Counts calls of the system, and dies at the one with number `last`."""
-
-    def __init__(self, last: int = 2**60) -> None:
-        self.count, self.last = 0, last
-
-    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count == self.last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return called
-
-    def install(self) -> None:
-        for name in CALLS:
-            setattr(os, name, self.wrap(getattr(os, name)))
-
-
-def in_child(work: Callable[[], object], last: int = 2**60) -> int:
-    """Do something in a child that is killed at a call; the number of its calls, or -9."""
-    reader, writer_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        counted = Counted(last)
-        counted.install()
-        try:
-            work()
-            os.write(writer_end, str(counted.count).encode())
-        finally:
-            os._exit(0)
-    os.close(writer_end)
-    with os.fdopen(reader, "rb") as file:
-        data = file.read()
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        return -9
-    assert data, "the child failed"
-    return int(data)
 
 
 def looks_whole(directory: Path) -> bool:

@@ -1,6 +1,9 @@
-"""Sharding that stops half-way."""
+"""Sharding and merging that stop half-way."""
 
 import hashlib
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,52 @@ from tightfit.cli.output import NoProgress
 from tightfit.model.stored import stored_layout
 from tightfit.sharding.manifest import Manifest
 from tightfit.sharding.shard import prepare, shard
+
+CALLS = ("copy_file_range", "pwrite", "pwritev", "write", "open", "close", "rename", "unlink")
+CALLS += ("fsync", "mkdir", "ftruncate", "posix_fallocate", "pread")
+
+
+class Counted:
+    """Counts calls of the system, and dies at the one with number `last`."""
+
+    def __init__(self, last: int = 2**60) -> None:
+        self.count, self.last = 0, last
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return called
+
+    def install(self) -> None:
+        for name in CALLS:
+            setattr(os, name, self.wrap(getattr(os, name)))
+
+
+def in_child(work: Callable[[], object], last: int = 2**60) -> int:
+    """Do something in a child that is killed at a call; the number of its calls, or -9."""
+    reader, writer_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        counted = Counted(last)
+        counted.install()
+        try:
+            work()
+            os.write(writer_end, str(counted.count).encode())
+        finally:
+            os._exit(0)
+    os.close(writer_end)
+    with os.fdopen(reader, "rb") as file:
+        data = file.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return -9
+    assert data, "the child failed"
+    return int(data)
 
 
 def write(

@@ -28,6 +28,10 @@ def merge(
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
     ] = False,
@@ -46,7 +50,7 @@ def merge(
     job = prepare_merge(open_checkpoint(str(directory)), max_shard_bytes=size)
     if not dry_run:
         with progress(quiet=quiet) as bars:
-            write(job, out, bars)
+            write(job, out, bars, resume=resume)
     if job.not_returned and not quiet:
         note(
             f"{len(job.not_returned)} tensors of the source, such as {job.not_returned[0]!r}, are "
@@ -57,12 +61,12 @@ def merge(
     elif dry_run or not quiet:
         tensors = sum(len(part.placed) for part in job.parts)
         verb = "would write" if dry_run else "wrote"
-        count = len(job.parts)
+        files, ranks = len(job.parts), job.rank_files.parallel.world_size
         print(
             one_line(
-                f"{verb} {tensors:,} tensors, {format_bytes(job.output_bytes)}, in {count} "
-                f"file{'s' if count > 1 else ''} to {out}, from {job.ranks.parallel.world_size} "
-                f"rank{'s' if job.ranks.parallel.world_size > 1 else ''} of {directory}"
+                f"{verb} {tensors:,} tensors, {format_bytes(job.output_bytes)}, in {files} "
+                f"file{'s' if files > 1 else ''} to {out}, from {ranks} "
+                f"rank{'s' if ranks > 1 else ''} of {directory}"
             )
         )
 
@@ -72,9 +76,9 @@ def _document(job: MergeJob, out: Path, dry_run: bool) -> dict[str, Any]:
         "schema": 1,
         "output": str(out),
         "written": not dry_run,
-        "layout": job.ranks.layout,
-        "tensor_parallel_size": job.ranks.parallel.tensor_parallel_size,
-        "pipeline_parallel_size": job.ranks.parallel.pipeline_parallel_size,
+        "layout": job.rank_files.layout,
+        "tensor_parallel_size": job.rank_files.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": job.rank_files.parallel.pipeline_parallel_size,
         "total_bytes": job.output_bytes,
         "not_returned": list(job.not_returned),
         "files": [

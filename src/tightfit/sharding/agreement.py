@@ -8,7 +8,9 @@ from tightfit.errors import VerificationError
 from tightfit.model.layout import Piece
 from tightfit.sharding.boxes import Replica, key, place
 from tightfit.sharding.compare import same
+from tightfit.sharding.content import in_threads, in_turn
 from tightfit.sharding.copies import copies
+from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.progress import Progress, checksum
 from tightfit.sharding.rank_files import RankFiles
 from tightfit.sharding.stream import SourceFiles
@@ -21,17 +23,23 @@ def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -
         VerificationError: a tensor is damaged, or ranks hold different copies of it.
     """
     held = ranks.manifest.files if ranks.manifest is not None else ()
-    total = sum(tensor.nbytes for file in held for tensor in file.tensors)
-    progress.phase("checksums", total)
-    for file in held:
-        fd = files.descriptor(file.name)
+    tensors = [(file.name, tensor) for file in held for tensor in file.tensors]
+    progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
+    descriptors = {file.name: files.descriptor(file.name) for file in held}
+    advance = in_turn(progress.advance)
+
+    def good(one: tuple[str, StoredTensor]) -> bool:
+        name, tensor = one
+        fd = descriptors[name]
         assert fd is not None
-        for tensor in file.tensors:
-            if checksum(fd, tensor.offset, tensor.nbytes, progress.advance) != tensor.xxh3:
-                raise VerificationError(
-                    f"{file.name}: {tensor.name!r} is damaged (its checksum differs)",
-                    hint="shard the model again, or fetch the file again from where it was whole",
-                )
+        return checksum(fd, tensor.offset, tensor.nbytes, advance) == tensor.xxh3
+
+    for (name, tensor), whole in zip(tensors, in_threads(good, tensors), strict=True):
+        if not whole:
+            raise VerificationError(
+                f"{name}: {tensor.name!r} is damaged (its checksum differs)",
+                hint="shard the model again, or fetch the file again from where it was whole",
+            )
     for replica in ranks.replicas:
         if not _agree(replica, files):
             one, other = replica.owner.tensor, replica.copy.tensor

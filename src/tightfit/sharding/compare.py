@@ -4,7 +4,6 @@ Every copy is planned again as for writing; what no copy covers has to be `fill`
 """
 
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -37,6 +36,21 @@ def equal(
 def same(fd: int, copy: Copy | Turn | Decay, file: str, files: SourceFiles) -> bool:
     """Whether the open file already holds what a copy from a source file would write there."""
     return all(map(_Compared(fd, file, files), _blocks(copy)))
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo, files: SourceFiles) -> bool:
+    """Whether two tensors of local files hold the same."""
+    fd = files.descriptor(one.file)
+    assert fd is not None
+    copy = Copy(
+        source_offset=other.offset,
+        source_stride=other.nbytes,
+        target=0,
+        target_offset=one.offset,
+        rows=1,
+        row_bytes=other.nbytes,
+    )
+    return one.nbytes == other.nbytes and same(fd, copy, other.file, files)
 
 
 class _Compared:

@@ -4,48 +4,49 @@ Padding and copies are dropped; every tensor has the bytes and the name that it 
 """
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.checkpoint.files import INDEX
-from tightfit.checkpoint.writer import OutputDirectory, check_free_space
-from tightfit.errors import CheckpointError
-from tightfit.model.layout import Piece, Rank, RankTensor
-from tightfit.sharding.agreement import check_rank_files
+from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoint.source import LocalSource
+from tightfit.errors import CheckpointError, OutputError
+from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.sharding.boxes import key, whole
-from tightfit.sharding.copies import TensorCopies
-from tightfit.sharding.gather import Gather, copied_bytes, plan, run_gather
+from tightfit.sharding.compare import same_bytes
+from tightfit.sharding.content import differences
+from tightfit.sharding.gather import plan
+from tightfit.sharding.job import Job
+from tightfit.sharding.manifest import source_fingerprint
+from tightfit.sharding.merge_output import MergeOutput
 from tightfit.sharding.parts import Part, fill, make_part, natural
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
-from tightfit.sharding.side_files import config_text, copy_side_files
-from tightfit.sharding.stream import SourceFiles, run_copies
+from tightfit.sharding.shard import write_parts
+from tightfit.sharding.side_files import config_text, side_files
+from tightfit.sharding.stream import SourceFiles
 
 # transformers refuses files that do not say so.
 _METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeJob:
-    """Everything about a merge before the first weight is read.
+class MergeJob(Job):
+    """Everything about a merge before the first weight is read: one rank, of all the others.
 
-    `not_returned` are tensors of the source that engines do not load, and that rank files have
-    never held.
+    `twins` are tensors of the source that are stored only as others, of which they are copies.
+    `not_returned` are those that engines do not load, and that rank files have never held.
     """
 
-    ranks: RankFiles
-    parts: tuple[Part, ...]
-    copies: tuple[TensorCopies, ...]
-    gathers: tuple[Gather, ...]
+    rank_files: RankFiles
+    twins: Mapping[str, str]
     not_returned: tuple[str, ...]
 
     @property
-    def output_bytes(self) -> int:
-        """Bytes of all weight files."""
-        return sum(part.nbytes for part in self.parts)
+    def index(self) -> str | None:
+        """What says which tensor is in which file, if they are several."""
+        return _index(self.parts) if len(self.parts) > 1 else None
 
 
 def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
@@ -73,39 +74,83 @@ def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
         for number, members in enumerate(groups)
     )
     copies, gathers = plan([_as_seen(part, ranks, left_out) for part in parts], ranks.infos)
+    manifest = ranks.manifest
     return MergeJob(
-        ranks=ranks,
+        checkpoint=checkpoint,
+        parallel=Parallel(),
+        ranks=(0,),
+        max_shard_bytes=max_shard_bytes,
         parts=parts,
         copies=copies,
         gathers=gathers,
+        cut_again=ranks,
+        source_fingerprint=(
+            source_fingerprint(ranks.infos) if manifest is None else manifest.source_fingerprint
+        ),
+        rank_files=ranks,
+        twins={name: twin for name, twin in left_out.items() if twin is not None},
         not_returned=tuple(name for name, twin in left_out.items() if twin is None),
     )
 
 
-def merge(job: MergeJob, directory: Path, progress: Progress) -> None:
+def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = False) -> None:
     """Check the rank files, and write the checkpoint, all or nothing.
 
+    With `resume` only what is missing in the directory is written, and what is there stays
+    whatever happens.
+
     Raises:
-        OutputError: the directory is not empty, or cannot be written.
+        OutputError: the directory holds something else, or cannot be written.
         VerificationError: a tensor is damaged, or ranks hold different copies of it.
         CheckpointError: a rank file is truncated, or changed meanwhile.
     """
-    check_free_space(directory, job.output_bytes)
-    checkpoint = job.ranks.checkpoint
-    with OutputDirectory(directory) as output, SourceFiles(checkpoint.source) as files:
-        check_rank_files(job.ranks, files, progress)
-        targets = [output.create(part.name, part.nbytes) for part in job.parts]
-        for part, target in zip(job.parts, targets, strict=True):
-            os.pwrite(target.fd, part.header, 0)
-        progress.phase("copying", copied_bytes(job.copies, job.gathers))
-        run_copies(job.copies, files, [target.fd for target in targets], progress.advance)
-        for gather in job.gathers:
-            run_gather(gather, files, targets[gather.target].fd, progress.advance)
-        files.check_unchanged()
-        copy_side_files(checkpoint, output, config_text(checkpoint.config))
-        if len(job.parts) > 1:
-            output.write_text(INDEX, _index(job.parts))
-        output.commit()
+    checkpoint = job.checkpoint
+    with (
+        MergeOutput(directory, job, resume=resume) as output,
+        SourceFiles(checkpoint.source) as files,
+    ):
+        if output.finished:
+            _require_same(job, directory, progress)
+            return
+        write_parts(job, output, files, progress)
+        for name in side_files(checkpoint):
+            size = checkpoint.source.size(name)
+            output.write_side_file(name, size, partial(checkpoint.source.read, name))
+        output.finish(config_text(checkpoint.config), job.index)
+
+
+def _require_same(job: MergeJob, directory: Path, progress: Progress) -> None:
+    """Hold a finished merge against the rank files: it may be one of another model.
+
+    Raises:
+        OutputError: it is.
+    """
+    found = next(_differences(job, directory, progress), None)
+    if found is not None:
+        raise OutputError(
+            f"{directory} holds something else than a merge of {job.checkpoint.name}: {found}",
+            hint="give a new directory, or remove that one yourself",
+        )
+
+
+def _differences(job: MergeJob, directory: Path, progress: Progress) -> Iterator[str]:
+    there = LocalSource(directory)
+    for part in job.parts:
+        good = there.size(part.name) == part.nbytes
+        if not good or there.read(part.name, 0, len(part.header)) != part.header:
+            yield f"{part.name} has another header"
+            return
+    manifest, merged = job.rank_files.manifest, open_checkpoint(str(directory))
+    if manifest is None:
+        yield "there is no manifest to compare it with"
+        return
+    assert isinstance(job.checkpoint.source, LocalSource)
+    yield from differences(job.checkpoint.source.directory, manifest.files, merged, progress)
+    infos = merged.tensors()
+    with SourceFiles(there) as files:
+        for name, twin in job.twins.items():
+            if not same_bytes(infos[name], infos[twin], files):
+                yield f"{name!r} differs from {twin!r}"
 
 
 def _whole(name: str, source: str, ranks: RankFiles) -> RankTensor:
@@ -138,7 +183,7 @@ def _as_seen(part: Part, ranks: RankFiles, twins: Mapping[str, str | None]) -> P
     for one in part.placed:
         name = one.tensor.name
         view = ranks.view(twins.get(name) or name) if name not in ranks.originals else None
-        shape = view or one.tensor.shape
+        shape = one.tensor.shape if view is None else view
         placed.append(replace(one, tensor=replace(one.tensor, shape=shape)))
     return replace(part, placed=tuple(placed))
 

@@ -163,18 +163,7 @@ class ShardOutput:
             The manifest of the ranks that are there now.
         """
         with self._errors(self.path, 0):
-            for fd in self._fds.values():
-                os.fsync(fd)
-            for part in self.todo():
-                final = self.path / part.name
-                if os.path.lexists(final):
-                    raise OutputError(
-                        f"{final} has appeared while the output was written",
-                        hint="let one process at a time write a rank",
-                    )
-                self._made.append(final)
-                os.rename(self._partial(part), final)
-            sync_directory(self.path)
+            self._name_parts()
             if not self._partly:
                 self._write(self.path / MANIFEST, [_encoded(manifest.to_json())])
             else:
@@ -195,6 +184,20 @@ class ShardOutput:
             self._committed = True
             self._tidy(manifest)
         return manifest
+
+    def _name_parts(self) -> None:
+        for fd in self._fds.values():
+            os.fsync(fd)
+        for part in self.todo():
+            final = self.path / part.name
+            if os.path.lexists(final):
+                raise OutputError(
+                    f"{final} has appeared while the output was written",
+                    hint="let one process at a time write a rank",
+                )
+            self._made.append(final)
+            os.rename(self._partial(part), final)
+        sync_directory(self.path)
 
     def _enter(self) -> None:
         path = self.path

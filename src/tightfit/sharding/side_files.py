@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import CONFIG, INDEX
-from tightfit.checkpoint.writer import OutputDirectory
-from tightfit.sharding.stream import write_all
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -23,18 +21,3 @@ def side_files(checkpoint: Checkpoint) -> Iterator[str]:
 def config_text(config: Mapping[str, object]) -> str:
     """A config as transformers spells it."""
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def copy_side_files(checkpoint: Checkpoint, output: OutputDirectory, config: str) -> None:
-    """Copy them, and write the text of the config."""
-    source = checkpoint.source
-    for name in side_files(checkpoint):
-        path = source.local_path(name)
-        if path is not None:
-            output.copy(path, name)
-        else:
-            data = source.read(name)
-            part = output.create(name, len(data))
-            write_all(part.fd, [memoryview(data)], 0)
-            part.close()
-    output.write_text(CONFIG, config)

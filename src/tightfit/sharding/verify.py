@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.sharding.compare import equal
+from tightfit.sharding.content import damages, differences
 from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
-from tightfit.sharding.progress import Progress, checksum
+from tightfit.sharding.progress import Progress
 from tightfit.sharding.rank_files import sizes_by_names
 from tightfit.sharding.ranks import not_whole
-from tightfit.sharding.stream import SourceFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +56,9 @@ def verify(
         problems += found
         if not found:
             good.append(file)
-    total = sum(tensor.nbytes for file in good for tensor in file.tensors)
-    progress.phase("checksums", total)
-    for file in good:
-        problems += _content(directory, file, progress)
+    problems += damages(directory, good, progress)
     if against is not None:
-        progress.phase("comparing", total)
-        problems += _against(directory, good, against, progress)
+        problems += differences(directory, good, against, progress)
     return Report(
         manifest=manifest,
         tensors=sum(len(file.tensors) for file in manifest.files),
@@ -186,28 +180,3 @@ def _file_structure(directory: Path, file: StoredFile) -> Iterator[str]:
     for name in sorted(header.keys() | expected.keys()):
         if header.get(name) != expected.get(name):
             yield f"{file.name}: the header and the manifest disagree about {name!r}"
-
-
-def _content(directory: Path, file: StoredFile, progress: Progress) -> Iterator[str]:
-    with open(directory / file.name, "rb") as stream:
-        for tensor in file.tensors:
-            found = checksum(stream.fileno(), tensor.offset, tensor.nbytes, progress.advance)
-            if found != tensor.xxh3:
-                yield f"{file.name}: {tensor.name!r} is damaged (its checksum differs)"
-
-
-def _against(
-    directory: Path, files: list[StoredFile], source: Checkpoint, progress: Progress
-) -> Iterator[str]:
-    """Compare every tensor with the source: pieces byte by byte, the rest with its fill."""
-    tensors = source.tensors()
-    with SourceFiles(source.source) as source_files, ExitStack() as stack:
-        for file in files:
-            stream = stack.enter_context(open(directory / file.name, "rb"))
-            for tensor in file.tensors:
-                missing = [p.source for p in tensor.pieces if p.source not in tensors]
-                if missing:
-                    yield f"{source.name} lacks {missing[0]!r}, from which {tensor.name!r} was made"
-                elif not equal(stream.fileno(), tensor, tensors, source_files):
-                    yield f"{file.name}: {tensor.name!r} differs from {source.name}"
-                progress.advance(tensor.nbytes)
