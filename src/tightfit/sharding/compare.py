@@ -4,6 +4,7 @@ Every copy is planned again as for writing; what no copy covers has to be `fill`
 """
 
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
