@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo, read_header
 from tightfit.errors import CheckpointError
+from tightfit.units import KiB
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -28,20 +29,22 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 """Safetensors' dtypes as torch's, as far as the runtime computes with them."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
+_PREFETCH_BYTES = 512 * KiB
+"""The kernel cuts a request to what a device takes at once, and forgets the rest."""
 
 
 class TensorFile:
     """A safetensors file, mapped into memory.
 
-    The mapping is private, so writing to a view never changes the file. Pages count as resident
-    only once they are read: `settle` reads those of tensors that stay, `drop` gives back
-    those of one that was copied.
+    The mapping is private, so writing to a view never changes the file. Its pages are those of the
+    kernel's cache, and count as resident from when they are first read until they are dropped.
 
     Raises:
         CheckpointError: the file cannot be opened, or is not a valid safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -77,24 +80,13 @@ class TensorFile:
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.offset)
         return flat.view(info.shape)
 
-    def drop(self, info: TensorInfo) -> None:
-        """Give back the pages of a tensor that was copied; the next read fetches them again."""
-        self._drop(info.offset, info.offset + info.nbytes)
+    def prefetch(self, start: int, stop: int) -> None:
+        """Let the kernel read bytes into its cache; this does not wait for them."""
+        for at in range(start - start % mmap.PAGESIZE, stop, _PREFETCH_BYTES):
+            self._map.madvise(mmap.MADV_WILLNEED, at, min(_PREFETCH_BYTES, stop - at))
 
-    def settle(self, kept: Iterable[TensorInfo]) -> None:
-        """Make exactly the kept tensors resident: read their pages now, and give back all others.
-
-        The kernel maps pages around those that were asked for, so the rest is dropped at the end.
-        """
-        dropped = 0
-        ranges = sorted((info.offset, info.offset + info.nbytes) for info in kept if info.nbytes)
-        for start, stop in ranges:
-            self._read_pages(start, stop)
-        for start, stop in [*ranges, (len(self._map), len(self._map))]:
-            self._drop(dropped, start)
-            dropped = stop
-
-    def _read_pages(self, start: int, stop: int) -> None:
+    def populate(self, start: int, stop: int) -> None:
+        """Make the pages of these bytes resident."""
         start -= start % mmap.PAGESIZE
         try:
             self._map.madvise(_MADV_POPULATE_READ, start, stop - start)
@@ -102,10 +94,20 @@ class TensorFile:
             for page in range(start, stop, mmap.PAGESIZE):
                 self._map[page]
 
-    def _drop(self, start: int, stop: int) -> None:
-        """Drop whole pages within the range. Nothing writes to views, so nothing is lost."""
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the pages that lie within these bytes; the next read fetches them again.
+
+        Nobody must have written to views of them.
+        """
         start += -start % mmap.PAGESIZE
         if stop < len(self._map):
             stop -= stop % mmap.PAGESIZE
         if stop > start and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def drop_all_but(self, kept: Iterable[tuple[int, int]]) -> None:
+        """Give back all pages outside these ranges; the kernel maps some around those it reads."""
+        dropped = 0
+        for start, stop in [*sorted(kept), (len(self._map), len(self._map))]:
+            self.drop(dropped, start)
+            dropped = max(dropped, stop)

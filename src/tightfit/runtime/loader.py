@@ -1,13 +1,13 @@
-"""Weights from files to a rank's parameters, one tensor at a time.
+"""Weights from files to a rank's parameters.
 
 Three sources give the same thing, a dictionary of parameters by name: rank files of `tightfit
 shard`, whose tensors are used where they lie in the file; a plain checkpoint, of which a rank reads
 the boxes that its `RankTensor`s name; or nothing but the shapes (`load_format` dummy). A tensor
-that must be cut, fused or converted is copied, and its pages in the file are given back at once, so
-loading never needs more than the weights and one tensor.
+that must be cut, fused or converted, or that goes to a GPU, is copied in chunks (`reads`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError
 from tightfit.model.layout import Piece, RankTensor
 from tightfit.runtime.files import TORCH_DTYPES, TensorFile
+from tightfit.runtime.reads import Read, carry_out, copy, keep
 
 
 def load_rank_files(
@@ -40,7 +41,7 @@ def load_rank_files(
     """
     opened = {path.name: TensorFile(path) for path in files}
     found = {name: info for file in opened.values() for name, info in file.tensors.items()}
-    kept: list[TensorInfo] = []
+    reads: list[Read] = []
     weights: dict[str, Tensor] = {}
     for tensor in expected:
         if tensor.parameter is None:
@@ -59,8 +60,8 @@ def load_rank_files(
                 f"rank needs {list(tensor.shape)}",
                 hint="the files are of another model or tensor parallel size; shard again",
             )
-        weights[tensor.parameter] = _take(opened[info.file], info, dtype, device, kept)
-    _settle(opened, kept)
+        weights[tensor.parameter] = _take(opened[info.file], info, dtype, device, reads)
+    carry_out(reads, device)
     return weights
 
 
@@ -98,24 +99,24 @@ def load_checkpoint(
             files[info.file] = TensorFile(path)
         return files[info.file], info
 
-    kept: list[TensorInfo] = []
+    reads: list[Read] = []
     weights: dict[str, Tensor] = {}
     for tensor in expected:
         assert tensor.parameter is not None
         if whole := _whole_source(tensor):
-            weights[tensor.parameter] = _take(*find(whole), dtype, device, kept)
+            weights[tensor.parameter] = _take(*find(whole), dtype, device, reads)
             continue
-        target = torch.full(tensor.shape, tensor.fill, dtype=dtype, device=device)
+        target = torch.empty(tensor.shape, dtype=dtype, device=device)
+        if sum(prod(piece.shape) for piece in tensor.pieces) < target.numel():
+            target.fill_(tensor.fill)
         for piece in tensor.pieces:
             file, info = find(piece)
-            source = _floating(file.view(info), info)
+            source = _box(_floating(file.view(info), info), piece.start, piece.shape)
             depth = len(tensor.shape) - len(piece.shape)
-            _box(target, piece.at, (1,) * depth + piece.shape).copy_(
-                _box(source, piece.start, piece.shape)
-            )
-            file.drop(info)
+            into = _box(target[piece.at[:depth]], piece.at[depth:], piece.shape)
+            reads += copy(file, info, source, into)
         weights[tensor.parameter] = target
-    _settle(files, kept)
+    carry_out(reads, device)
     return weights
 
 
@@ -145,23 +146,17 @@ def _take(
     info: TensorInfo,
     dtype: torch.dtype,
     device: torch.device,
-    kept: list[TensorInfo],
+    reads: list[Read],
 ) -> Tensor:
-    """A whole tensor: where it lies if it can stay there, noted in `kept`; otherwise a copy."""
+    """A whole tensor: where it lies if it can stay there, otherwise a copy; `reads` fills it."""
     source = _floating(file.view(info), info)
     aligned = info.offset % source.element_size() == 0
     if source.dtype == dtype and device.type == "cpu" and aligned:
-        kept.append(info)
+        reads += keep(file, info)
         return source
     target = torch.empty(info.shape, dtype=dtype, device=device)
-    target.copy_(source)
-    file.drop(info)
+    reads += copy(file, info, source, target)
     return target
-
-
-def _settle(files: Mapping[str, TensorFile], kept: Sequence[TensorInfo]) -> None:
-    for name, file in files.items():
-        file.settle([info for info in kept if info.file == name])
 
 
 def _floating(tensor: Tensor, info: TensorInfo) -> Tensor:

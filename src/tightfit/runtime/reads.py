@@ -1,0 +1,152 @@
+"""What a rank reads from its files, carried out in their order while the disk stays busy.
+
+A read is a range of a file that is either used where it lies, or copied into a tensor. Both go
+through the memory map: its pages are those of the kernel's cache, so nothing is copied that need
+not be. The kernel is asked for the next ranges while one is used. Ranges are short, and given back
+once they are copied: beyond the weights, loading needs a few megabytes, whatever the model.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.runtime.files import TensorFile
+from tightfit.units import MiB
+
+CHUNK_BYTES = 8 * MiB
+_AHEAD_BYTES = 64 * MiB
+_WIDENING = 2
+"""Floating point numbers grow to at most this when they are converted (16 to 32 bits)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """Bytes of a file from `start` up to `stop`, and where they go; nowhere if they stay."""
+
+    file: TensorFile
+    start: int
+    stop: int
+    source: Tensor | None = None
+    target: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of the file are read."""
+        return self.stop - self.start
+
+
+def keep(file: TensorFile, info: TensorInfo) -> Iterator[Read]:
+    """Use a tensor where it lies."""
+    end = info.offset + info.nbytes
+    for start in range(info.offset, end, CHUNK_BYTES):
+        yield Read(file=file, start=start, stop=min(start + CHUNK_BYTES, end))
+
+
+def copy(file: TensorFile, info: TensorInfo, source: Tensor, target: Tensor) -> Iterator[Read]:
+    """Copy a box of a tensor.
+
+    Args:
+        file: where it is.
+        info: the whole tensor.
+        source: the box, a view into `file.view(info)`.
+        target: of the same shape, on any device, of any floating dtype.
+    """
+    base = file.view(info).data_ptr()
+    for part, goal in _chunks(source, target):
+        start = info.offset + part.data_ptr() - base
+        yield Read(file=file, start=start, stop=start + _span(part), source=part, target=goal)
+
+
+def carry_out(reads: Iterable[Read], device: torch.device) -> None:
+    """Do all of it; afterwards only what is used where it lies is resident."""
+    queue = sorted(reads, key=lambda read: (read.file.name, read.start))
+    uploads = Uploads(device) if device.type == "cuda" else None
+    asked = ahead = 0
+    for read in queue:
+        while asked < len(queue) and ahead < _AHEAD_BYTES:
+            queue[asked].file.prefetch(queue[asked].start, queue[asked].stop)
+            ahead += queue[asked].nbytes
+            asked += 1
+        ahead -= read.nbytes
+        if read.source is None or read.target is None:
+            read.file.populate(read.start, read.stop)
+            continue
+        if uploads:
+            uploads.copy(read.source, read.target)
+        else:
+            read.target.copy_(read.source)
+        read.file.drop(read.start, read.stop)
+    if uploads:
+        uploads.finish()
+    kept: dict[TensorFile, list[tuple[int, int]]] = {}
+    for read in queue:
+        ranges = kept.setdefault(read.file, [])
+        if read.target is None:
+            ranges.append((read.start, read.stop))
+    for file, ranges in kept.items():
+        file.drop_all_but(ranges)
+
+
+class Uploads:
+    """Copies to a GPU through two pinned buffers: one is filled while the other is sent.
+
+    Not yet run: no GPU was at hand when this was written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots = [
+            (
+                torch.empty(_WIDENING * CHUNK_BYTES, dtype=torch.uint8, pin_memory=True),
+                torch.cuda.Stream(device),
+            )
+            for _ in range(2)
+        ]
+        self._turns = cycle(self._slots)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Begin to copy a chunk; `source` may be changed at once, `target` be used after `finish`.
+
+        Args:
+            source: in memory, at most `CHUNK_BYTES` of a file.
+            target: on the GPU, of the same shape; numbers are converted before they are sent.
+        """
+        buffer, stream = next(self._turns)
+        stream.synchronize()
+        staged = buffer[: source.numel() * target.element_size()].view(target.dtype)
+        staged = staged.view(source.shape)
+        staged.copy_(source)
+        # Whoever allocated and filled the target did so on the current stream.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            target.copy_(staged, non_blocking=True)
+
+    def finish(self) -> None:
+        """Wait until everything has arrived."""
+        for _, stream in self._slots:
+            stream.synchronize()
+
+
+def _chunks(source: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows of both, which span at most `CHUNK_BYTES` of the source."""
+    if source.numel() == 0:
+        return
+    if _span(source) <= CHUNK_BYTES:
+        yield source, target
+    elif len(source) == 1:
+        yield from _chunks(source[0], target[0])
+    else:
+        rows = max(1, CHUNK_BYTES // (source.stride(0) * source.element_size()))
+        for first in range(0, len(source), rows):
+            count = min(rows, len(source) - first)
+            yield from _chunks(source.narrow(0, first, count), target.narrow(0, first, count))
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
