@@ -86,3 +86,9 @@ class RankFailedError(TightfitError):
     """A rank of a running job died or could not start."""
 
     exit_code = ExitCode.FINDING
+
+
+class TaskLostError(TightfitError):
+    """A task of a cluster whose workers died, again and again."""
+
+    exit_code = ExitCode.FINDING

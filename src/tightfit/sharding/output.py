@@ -17,6 +17,7 @@ from typing import Any, Self
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
 from tightfit.errors import OutputError
+from tightfit.sharding.attempts import Attempts
 from tightfit.sharding.job import Job
 from tightfit.sharding.journal import Journal, States
 from tightfit.sharding.manifest import Manifest, manifest_of, read_manifest
@@ -78,7 +79,7 @@ class ShardOutput:
     ) -> None:
         self._leave()
         if not self._committed and isinstance(error, OSError) and is_about(error, self.path):
-            raise output_error(error, self.path, 0, left=self._left_behind) from error
+            raise output_error(error, self.path, 0, left=self.left) from error
 
     def journal_name(self, rank: int) -> str:
         """Where what is complete is noted."""
@@ -90,9 +91,9 @@ class ShardOutput:
 
     def needed_bytes(self) -> int:
         """Bytes of them that are not yet on disk."""
-        held = 0
+        held = sum(self.attempts(rank).held_bytes() for rank in self.ranks)
         for part in self.todo():
-            for path in (self._partial(part), self.path / part.name):
+            for path in (self.partial(part), self.path / part.name):
                 with suppress(OSError):
                     held += min(part.nbytes, os.stat(path).st_blocks * 512)
         return max(0, sum(part.nbytes for part in self.todo()) - held)
@@ -106,13 +107,31 @@ class ShardOutput:
                 self._journals[rank] = Journal(
                     path, rank, self._job.identity, sources, resume=self._resume
                 )
+                self.attempts(rank).remove()
                 noted |= self._journals[rank].noted
         return noted
 
+    def attempts(self, rank: int) -> Attempts:
+        """Where tasks try to write the parts of a rank."""
+        return Attempts(self.path / self.journal_name(rank))
+
     def open(self, part: Part) -> tuple[int, bool]:
         """A descriptor of the unfinished file in its full size, and whether it was there before."""
-        final, partial = self.path / part.name, self._partial(part)
-        with self._errors(final, part.nbytes):
+        partial = self.partial(part)
+        with self._errors(self.path / part.name, part.nbytes):
+            before = self.begun(part)
+            # 0666, which the umask restricts: servers run as other users.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = self._fds[part.name] = os.open(partial, flags, 0o666)
+            if os.fstat(fd).st_size > part.nbytes:
+                os.ftruncate(fd, part.nbytes)
+            reserve(fd, part.nbytes)
+        return fd, before
+
+    def begun(self, part: Part) -> bool:
+        """Whether an earlier call has left the unfinished file."""
+        final, partial = self.path / part.name, self.partial(part)
+        with self._errors(final, 0):
             if self._resume and os.path.lexists(final):
                 # Named by a commit that did not come to its end.
                 os.rename(final, partial)
@@ -124,13 +143,13 @@ class ShardOutput:
                     f"{partial} was left by another run",
                     hint="--resume continues it; or remove it yourself",
                 )
-            # 0666, which the umask restricts: servers run as other users.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = self._fds[part.name] = os.open(partial, flags, 0o666)
-            if os.fstat(fd).st_size > part.nbytes:
-                os.ftruncate(fd, part.nbytes)
-            reserve(fd, part.nbytes)
-        return fd, before
+        return before
+
+    def take(self, part: Part, name: str) -> None:
+        """Make a successful attempt the unfinished file, which is on disk and complete."""
+        partial = self.partial(part)
+        with self._errors(self.path / part.name, part.nbytes):
+            self.attempts(part.rank.rank).take(part, name, partial)
 
     def note(self, part: Part, tensor: str, checksum: str) -> None:
         """A tensor is complete."""
@@ -196,7 +215,7 @@ class ShardOutput:
                     hint="let one process at a time write a rank",
                 )
             self._made.append(final)
-            os.rename(self._partial(part), final)
+            os.rename(self.partial(part), final)
         sync_directory(self.path)
 
     def _enter(self) -> None:
@@ -346,7 +365,8 @@ class ShardOutput:
         os.rename(partial, final)
         sync_directory(self.path)
 
-    def _partial(self, part: Part) -> Path:
+    def partial(self, part: Part) -> Path:
+        """The unfinished file."""
         return self.path / f"{part.name}.partial"
 
     def _leave(self) -> None:
@@ -354,6 +374,8 @@ class ShardOutput:
             with suppress(OSError):
                 os.close(fd)
         self._fds.clear()
+        for rank in self._journals:
+            self.attempts(rank).remove()
         keep = self._committed or self._resume
         for journal in self._journals.values():
             journal.close(remove=not keep or self._committed)
@@ -366,7 +388,8 @@ class ShardOutput:
                     os.rmdir(directory)
 
     @property
-    def _left_behind(self) -> str:
+    def left(self) -> str:
+        """What an error leaves behind, in words."""
         return "--resume continues what is there" if self._resume else "nothing was left behind"
 
     @contextmanager
@@ -374,7 +397,7 @@ class ShardOutput:
         try:
             yield
         except OSError as error:
-            raise output_error(error, path, nbytes, left=self._left_behind) from error
+            raise output_error(error, path, nbytes, left=self.left) from error
 
 
 def _blocks(size: int) -> Iterator[tuple[int, int]]:

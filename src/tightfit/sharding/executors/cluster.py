@@ -1,0 +1,307 @@
+"""Tasks on the machines of a Ray cluster.
+
+Ray would repeat lost tasks by itself, silently; here each loss is told, counted, and the bytes that
+it undid are taken out of the progress. What a task raises travels as its words, so that no
+traceback of Ray's reaches the user, and a machine that lacks tightfit can say so.
+"""
+
+import io
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tightfit import __version__, errors
+from tightfit.errors import TaskLostError, TightfitError, UsageError
+from tightfit.sharding.executors import Advance
+
+MOST_ATTEMPTS = 4
+_POLL_SECONDS = 0.2
+_CANCEL_SECONDS = 3.0
+
+_Reports = dict[int, tuple[int, str, int]]
+"""By task: the number of its attempt, the machine, and the bytes that are done."""
+
+_Answer = tuple[str, Any, int]
+"""`done` and the pickled result, or `failed` and an error's class, message and hint; and bytes."""
+
+
+class RayExecutor:
+    """A connection to a cluster, made on entering, or a cluster of this machine alone.
+
+    Raises:
+        UsageError: there is no cluster at the address.
+    """
+
+    def __init__(self, address: str | None, notice: Callable[[str], None]) -> None:
+        self._address, self._notice = address, notice
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            # Ray tells there of every worker that dies, from a thread, and cannot be told not to.
+            stack.enter_context(redirect_stdout(_Nowhere()))
+            if not ray.is_initialized():
+                with _own_signals():
+                    self._connect()
+                stack.callback(ray.shutdown)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def run(
+        self,
+        work: Callable[[Any, Any, Advance], Any],
+        shared: Any,
+        tasks: Sequence[Any],
+        *,
+        done: Callable[[int, Any], None],
+        advance: Advance,
+    ) -> None:
+        """Carry out all, on all machines alike."""
+        if tasks:
+            run = _Run(work, shared, tasks, advance, self._notice)
+            try:
+                run.all(done)
+            finally:
+                run.cancel()
+
+    def _connect(self) -> None:
+        # A cluster that is started here must not ask or tell anything on our stdout.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = self._address
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=False,
+            )
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
+            place = address or os.environ.get("RAY_ADDRESS") or "this machine"
+            raise UsageError(
+                f"cannot use a Ray cluster at {place}: {_first_line(error)}",
+                hint="check --ray-address (host:6379, auto or local), and that both sides have the "
+                "same versions of Python and Ray",
+            ) from error
+
+
+class _Run:
+    """The tasks of one call of `run`."""
+
+    def __init__(
+        self,
+        work: Callable[[Any, Any, Advance], Any],
+        shared: Any,
+        tasks: Sequence[Any],
+        advance: Advance,
+        notice: Callable[[str], None],
+    ) -> None:
+        self._tasks, self._advance, self._notice = tasks, advance, notice
+        self._attempts = [0] * len(tasks)
+        self._shown = [0] * len(tasks)
+        self._running: dict[Any, int] = {}
+        self._reports: _Reports = {}
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._poll = self._board.reports.remote()
+        # Once for all tasks, in the object store of each machine.
+        self._shared = ray.put(pickle.dumps((work, shared)))
+        self._carry_out = ray.remote(_make_carry_out()).options(
+            num_cpus=1, max_retries=0, scheduling_strategy="SPREAD"
+        )
+        for number in range(len(tasks)):
+            self._submit(number)
+
+    def all(self, done: Callable[[int, Any], None]) -> None:
+        while self._running:
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+            self._show_reports()
+            for ref in ready:
+                number = self._running.pop(ref)
+                try:
+                    answer, data, nbytes = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    # An error that nobody foresaw keeps its traceback.
+                    raise error.as_instanceof_cause() from None
+                except ray.exceptions.RayError as error:
+                    self._lost(number, error)
+                    continue
+                if answer == "failed":
+                    raise _error(*data)
+                self._show(number, nbytes)
+                done(number, pickle.loads(data))
+
+    def cancel(self) -> None:
+        """Stop what still runs: politely, so that it can tidy up, then not."""
+        for force in (False, True):
+            for ref in self._running:
+                with suppress(Exception):
+                    ray.cancel(ref, force=force)
+            if self._running:
+                with suppress(ray.exceptions.RayError):
+                    running = list(self._running)
+                    _, left = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
+                    self._running = {ref: self._running[ref] for ref in left}
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._board)
+
+    def _submit(self, number: int) -> None:
+        self._attempts[number] += 1
+        ref = self._carry_out.remote(
+            self._shared,
+            pickle.dumps(self._tasks[number]),
+            __version__,
+            self._board,
+            number,
+            self._attempts[number],
+        )
+        self._running[ref] = number
+
+    def _lost(self, number: int, error: Exception) -> None:
+        self._show_reports(wait=True)
+        attempt, node, _ = self._reports.get(number, (0, "", 0))
+        where = f"on {node} " if attempt == self._attempts[number] else ""
+        self._show(number, 0)
+        name = self._tasks[number].name
+        if self._attempts[number] == MOST_ATTEMPTS:
+            raise TaskLostError(
+                f"{name} was given up: {MOST_ATTEMPTS} workers died of it, the last one {where}"
+                f"({_first_line(error)})",
+                hint="Ray's logs there may say why (its memory?); --resume goes on with the rest",
+            )
+        self._notice(
+            f"{name} was lost, as its worker {where}died; doing it again "
+            f"(attempt {self._attempts[number] + 1} of {MOST_ATTEMPTS})"
+        )
+        self._submit(number)
+
+    def _show_reports(self, *, wait: bool = False) -> None:
+        if wait:
+            # The one that is under way may be older than what it is asked about.
+            self._poll = self._board.reports.remote()
+        ready, _ = ray.wait([self._poll], timeout=_CANCEL_SECONDS if wait else 0)
+        if ready:
+            with suppress(ray.exceptions.RayError):
+                # Without the board there is less to see, and nothing less is done.
+                self._reports = ray.get(self._poll)
+            self._poll = self._board.reports.remote()
+        for number in self._running.values():
+            attempt, _, nbytes = self._reports.get(number, (0, "", 0))
+            if attempt == self._attempts[number]:
+                self._show(number, nbytes)
+
+    def _show(self, number: int, nbytes: int) -> None:
+        if nbytes != self._shown[number]:
+            self._advance(nbytes - self._shown[number])
+            self._shown[number] = nbytes
+
+
+class _Board:
+    """An actor that hears how far each task is, and where."""
+
+    def __init__(self) -> None:
+        self._reports: _Reports = {}
+
+    def tell(self, number: int, attempt: int, node: str, nbytes: int) -> None:
+        # A lost attempt may still be heard of after the next one has begun.
+        if attempt >= self._reports.get(number, (0, "", 0))[0]:
+            self._reports[number] = (attempt, node, nbytes)
+
+    def reports(self) -> _Reports:
+        return self._reports
+
+
+def _make_carry_out() -> Callable[..., _Answer]:
+    """What the machines run: a function that travels by value, and runs where tightfit is not."""
+
+    def carry_out(
+        shared: bytes, task: bytes, version: str, board: Any, number: int, attempt: int
+    ) -> _Answer:
+        import pickle
+        import time
+
+        import ray
+
+        node_id = ray.get_runtime_context().get_node_id()
+        node = f"{ray.util.get_node_ip_address()} (node {node_id[:8]})"
+        board.tell.remote(number, attempt, node, 0)
+        try:
+            import tightfit
+            from tightfit.errors import TightfitError
+        except ImportError as error:
+            hint = f"pip install tightfit=={version} on every machine of the cluster"
+            return "failed", ("UsageError", f"{node} has no tightfit: {error}", hint), 0
+        if tightfit.__version__ != version:
+            hint = f"pip install tightfit=={version} on every machine of the cluster"
+            message = f"{node} has tightfit {tightfit.__version__}, and not {version}"
+            return "failed", ("UsageError", message, hint), 0
+        total, told = 0, time.monotonic()
+
+        def advance(nbytes: int) -> None:
+            nonlocal total, told
+            total += nbytes
+            now = time.monotonic()
+            if now - told > 0.2:
+                told = now
+                board.tell.remote(number, attempt, node, total)
+
+        work, common = pickle.loads(shared)
+        try:
+            result = work(common, pickle.loads(task), advance)
+        except TightfitError as error:
+            return "failed", (type(error).__name__, f"{node}: {error.message}", error.hint), total
+        return "done", pickle.dumps(result), total
+
+    return carry_out
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that takes everything."""
+
+    def write(self, text: str, /) -> int:
+        return len(text)
+
+
+def _error(kind: str, message: str, hint: str | None) -> TightfitError:
+    """An error of ours again; those with arguments of their own are told by their words alone."""
+    found = getattr(errors, kind, TightfitError)
+    error: TightfitError = found.__new__(found)
+    TightfitError.__init__(error, message, hint=hint)
+    return error
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray's way to end is not ours: Ctrl-C and SIGTERM have to tidy up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
