@@ -50,10 +50,10 @@ def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = 
         if output.whole is not None:
             return output.whole
         if not output.ranks:
-            return output.unite(_manifest(job, output.proven))
+            return output.unite(manifest_for(job, output.proven))
         checksums = write_parts(job, output, files, progress)
         _write_side_files(job, output)
-        return output.commit(_manifest(job, checksums))
+        return output.commit(manifest_for(job, checksums))
 
 
 def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Progress) -> Checksums:
@@ -100,7 +100,8 @@ def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Pro
     return checksums
 
 
-def _manifest(job: ShardJob, checksums: Checksums) -> Manifest:
+def manifest_for(job: ShardJob, checksums: Checksums) -> Manifest:
+    """The manifest of the ranks of a job; `checksums` are by file and tensor name."""
     return make_manifest(
         layout=job.layout.name,
         architecture=job.spec.architecture,
@@ -162,15 +163,20 @@ def _write_fill(one: Placed, target: int, *, clear: bool) -> None:
             write_all(target, [zeros[: min(BUFFER_BYTES, tensor.nbytes - at)]], one.offset + at)
 
 
-def _write_side_files(job: ShardJob, output: ShardOutput) -> None:
-    source = job.checkpoint.source
-    for name in side_files(job.checkpoint):
-        output.write_side_file(name, source.size(name), partial(source.read, name))
+def config_to_write(job: ShardJob) -> bytes:
+    """The text of the config that goes with the ranks."""
     config = dict(job.checkpoint.config)
     if config.get("tie_word_embeddings", True) and not job.spec.tie_word_embeddings:
         # Engines decide by the config alone whether a sharded checkpoint is tied.
         config["tie_word_embeddings"] = False
-    text = config_text(config).encode()
+    return config_text(config).encode()
+
+
+def _write_side_files(job: ShardJob, output: ShardOutput) -> None:
+    source = job.checkpoint.source
+    for name in side_files(job.checkpoint):
+        output.write_side_file(name, source.size(name), partial(source.read, name))
+    text = config_to_write(job)
     output.write_side_file(CONFIG, len(text), lambda start, stop: text[start:stop])
 
 
