@@ -79,6 +79,10 @@ class HubSource:
         """None: the bytes are elsewhere."""
         return
 
+    def state(self, path: str) -> list[int | str]:
+        """The size, and the commit, which never changes."""
+        return [self.size(path), self._commit]
+
     def _read_range(self, path: str, start: int, stop: int) -> bytes:
         with _errors(self._repo_id, self._revision):
             from huggingface_hub import hf_hub_url

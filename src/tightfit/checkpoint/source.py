@@ -8,11 +8,22 @@ by every source, and a local one also refuses symlinks that lead out of it.
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
-from tightfit.errors import CheckpointError, ConfigError, MissingExtraError, TightfitError
+from tightfit.errors import CheckpointError, ConfigError, TightfitError
+
+_RANGE_BYTES = 2**21
+_AT_A_TIME = 8
+"""Long reads are split into so many requests: one connection alone is slow."""
+
+_STATE_KEYS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "crc32c", "generation", "mtime"),
+    *("LastModified", "last_modified", "Last-Modified", "modified", "created"),
+)
+"""What stores call that which changes with a file."""
 
 
 class Source(Protocol):
@@ -39,6 +50,10 @@ class Source(Protocol):
 
     def local_path(self, path: str) -> Path | None:
         """The file as a local one, for in-kernel copies and mmap; None where it is remote."""
+        ...
+
+    def state(self, path: str) -> list[int | str]:
+        """What changes when somebody writes the file anew."""
         ...
 
 
@@ -109,6 +124,12 @@ class LocalSource:
         """The real file behind the name."""
         return self._resolve(path)
 
+    def state(self, path: str) -> list[int | str]:
+        """What changes when somebody writes the file: its size, and its time of modification."""
+        with self._errors(path):
+            status = os.stat(self._resolve(path))
+        return [status.st_size, status.st_mtime_ns]
+
     def _resolve(self, path: str) -> Path:
         real = Path(os.path.realpath(self.directory / safe_name(path, self.label)))
         if not any(real.is_relative_to(root) for root in self._roots):
@@ -136,37 +157,40 @@ class LocalSource:
 class FsspecSource:
     """A directory on anything that fsspec can open: `s3://`, `gs://`, `https://`, `memory://`.
 
+    What passes by itself, as an overloaded server or a broken connection, is tried again; long
+    reads are split into ranges that are fetched at the same time.
+
     Raises:
         MissingExtraError: the protocol needs s3fs.
         ConfigError: the protocol is unknown, needs another package, or cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
-        self.label = url.rstrip("/")
-        self._protocol = url.split("://")[0].rsplit("::")[-1]
-        # Imported here because it costs the start of every command for the few that use a URL.
-        from fsspec.core import url_to_fs
+        from tightfit.checkpoint.store import open_store
 
-        try:
-            self._fs, root = url_to_fs(url)
-        except ImportError as e:
-            raise self._missing_package(e) from e
-        except Exception as e:
-            raise ConfigError(
-                f"cannot open {url}: {_first_line(e)}",
-                hint="give a local directory, a Hub id, or an s3://, gs:// or https:// address",
-            ) from e
-        self._root = str(root).rstrip("/")
+        self.label = url.rstrip("/")
+        self._fs, self._root = open_store(url)
+        self._is_http = url.startswith(("http://", "https://"))
+        self._infos: dict[str, dict[str, Any] | None] = {}
+        self._readable = False
+        # Other file systems of fsspec than those need not bear two calls at a time.
+        self._lock = nullcontext() if getattr(self._fs, "async_impl", False) else Lock()
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file."""
-        with self._errors(path):
-            return bool(self._fs.isfile(self._join(path)))
+        """Whether there is a file.
+
+        Some stores deny access to what is not there: once something could be read, that counts
+        as missing.
+        """
+        info = self._info(path)
+        return info is not None and info.get("type") == "file"
 
     def size(self, path: str) -> int:
         """Bytes of the file."""
-        with self._errors(path):
-            size = self._fs.info(self._join(path)).get("size")
+        info = self._info(path)
+        if info is None:
+            raise self._no_file(path)
+        size = info.get("size")
         if size is None:
             raise CheckpointError(
                 f"the server of {self.label} does not say how long {path!r} is",
@@ -178,66 +202,178 @@ class FsspecSource:
         """The bytes from `start` to `stop`, or to the end; fewer if the file is shorter."""
         if start == stop:
             return b""
-        with self._errors(path):
-            data: bytes = self._fs.cat_file(self._join(path), start=start, end=stop)
-        if stop is not None and len(data) > stop - start:
-            raise CheckpointError(
-                f"the server of {self.label} ignores byte ranges: it sent {len(data)} bytes of "
-                f"{path!r} instead of {stop - start}",
-                hint="download the checkpoint and give its directory",
-            )
-        return data
+        name = self._join(path)
+        if stop is None or stop - start < 2 * _RANGE_BYTES:
+            return self._range(path, name, start, stop)
+        from concurrent.futures import ThreadPoolExecutor
+
+        ranges = [(at, min(at + _RANGE_BYTES, stop)) for at in range(start, stop, _RANGE_BYTES)]
+        with ThreadPoolExecutor(max_workers=min(len(ranges), _AT_A_TIME)) as pool:
+            return b"".join(pool.map(lambda r: self._range(path, name, *r), ranges))
 
     def files(self) -> list[str]:
         """Names of the files at the top level, sorted; none where a web server lists none."""
+        from tightfit.checkpoint.store import retrying
+
+        def listing() -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = self._fs.ls(self._root, detail=True)
+            return found
+
         with self._errors("."):
             try:
-                listing: list[dict[str, Any]] = self._fs.ls(self._root, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
+                entries = retrying(listing)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                self._require_place(error)
                 return []
-        return sorted(
-            entry["name"].rsplit("/", 1)[-1] for entry in listing if entry["type"] == "file"
-        )
+        names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+        # Of stores that mark directories by an empty object.
+        return sorted(name for name in names if name)
 
     def local_path(self, path: str) -> None:
         """None: the bytes are elsewhere."""
         return
 
+    @property
+    def place(self) -> tuple[Any, str]:
+        """The file system of fsspec, and the path in it."""
+        return self._fs, self._root
+
+    def forget(self, path: str) -> None:
+        """Ask the store again the next time."""
+        self._fs.invalidate_cache()
+        self._infos.pop(path, None)
+
+    def state(self, path: str) -> list[int | str]:
+        """What changes when somebody writes the file anew: its size, and a tag or the time.
+
+        Only the size, where the store says nothing else.
+        """
+        self.forget(path)
+        info = self._info(path)
+        if info is None:
+            raise self._no_file(path)
+        tags = [str(info[key]) for key in _STATE_KEYS if info.get(key)]
+        return [self.size(path), *tags[:1]]
+
+    def _info(self, path: str) -> dict[str, Any] | None:
+        """What the store says of a file, asked once; None if it is not there."""
+        from tightfit.checkpoint.store import diagnose, retrying
+
+        name = self._join(path)
+        if path in self._infos:
+            return self._infos[path]
+        found: dict[str, Any] | None = None
+        with self._errors(path):
+            try:
+                found = retrying(lambda: self._fs.info(name))
+                self._readable = True
+            except Exception as error:
+                trouble = diagnose(error)
+                missing = trouble.kind == "missing"
+                if missing:
+                    self._require_place(error)
+                if not missing and not (trouble.kind == "denied" and self._readable):
+                    raise
+        self._infos[path] = found
+        return found
+
+    def _require_place(self, error: Exception) -> None:
+        """A bucket that does not exist is not the same as one without a file."""
+        from tightfit.checkpoint.store import diagnose
+
+        if not self._readable and hasattr(self._fs, "call_s3"):
+            try:
+                self._fs.call_s3("list_objects_v2", Bucket=self._root.split("/")[0], MaxKeys=1)
+            except Exception as why:
+                if diagnose(why).kind in ("bucket", "expired", "credentials"):
+                    raise why from error
+
+    def _range(self, path: str, name: str, start: int, stop: int | None) -> bytes:
+        from tightfit.checkpoint.store import ShortReadError, retrying
+
+        def fetch() -> bytes:
+            data = self._fetch(path, name, start, stop)
+            if stop is not None and len(data) < stop - start:
+                size = self.size(path)
+                if start + len(data) < min(stop, size):
+                    raise ShortReadError(
+                        f"{len(data)} of {min(stop, size) - start} bytes came from byte {start} on"
+                    )
+            return data
+
+        with self._errors(path):
+            return retrying(fetch)
+
+    def _fetch(self, path: str, name: str, start: int, stop: int | None) -> bytes:
+        from tightfit.checkpoint.store import RangesIgnoredError
+
+        if self._is_http:
+            from fsspec.asyn import sync
+
+            found: bytes = sync(self._fs.loop, _http_range, self._fs, name, start, stop)
+            return found
+        with self._lock:
+            data: bytes = self._fs.cat_file(name, start=start, end=stop)
+        if stop is not None and len(data) > stop - start:
+            raise RangesIgnoredError(
+                f"the server ignores byte ranges: it sent {len(data)} bytes instead of "
+                f"{stop - start}"
+            )
+        return data
+
     def _join(self, path: str) -> str:
         return f"{self._root}/{safe_name(path, self.label)}"
 
-    def _missing_package(self, error: ImportError) -> TightfitError:
-        if self._protocol in ("s3", "s3a"):
-            return MissingExtraError(f"... {self.label}", "s3", "s3fs")
-        packages = {"gs": "gcsfs", "gcs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
-        package = packages.get(self._protocol)
-        return ConfigError(
-            f"cannot open {self.label}: {_first_line(error)}",
-            hint=f"pip install {package}" if package else "install the package that it names",
+    def _no_file(self, path: str) -> CheckpointError:
+        return CheckpointError(
+            f"there is no file {path!r} in {self.label}",
+            hint="check the address for typing mistakes",
         )
 
     @contextmanager
     def _errors(self, path: str) -> Iterator[None]:
-        # Every fsspec backend brings errors of its own library (botocore, aiohttp, ...), without a
-        # common base, so all are turned into one line here.
+        from tightfit.checkpoint.store import ATTEMPTS, diagnose, missing_package
+
         try:
             yield
         except TightfitError:
             raise
-        except FileNotFoundError as e:
-            raise CheckpointError(
-                f"there is no file {path!r} in {self.label}",
-                hint="check the address for typing mistakes",
-            ) from e
         except ImportError as e:
-            raise self._missing_package(e) from e
+            raise missing_package(self.label, e) from e
         except Exception as e:
+            trouble = diagnose(e)
+            if trouble.kind == "missing":
+                raise self._no_file(path) from e
+            tried = f", {ATTEMPTS} times in a row" if trouble.transient else ""
             raise CheckpointError(
-                f"cannot read {path!r} in {self.label}: {_first_line(e)}",
-                hint="check the address, your credentials and the network",
+                f"cannot read {path!r} in {self.label}: {trouble.reason}{tried}",
+                hint=trouble.hint,
             ) from e
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+async def _http_range(fs: Any, url: str, start: int, stop: int | None) -> bytes:
+    """A range of a file on a web server; a server that would send all of it is not listened to."""
+    from tightfit.checkpoint.store import RangesIgnoredError, ShortReadError
+
+    session = await fs.set_session()
+    options = dict(fs.kwargs)
+    last = "" if stop is None else stop - 1
+    options["headers"] = {
+        **options.get("headers", {}),
+        "Range": f"bytes={start}-{last}",
+        # Compressed, the range would be of the compressed bytes.
+        "Accept-Encoding": "identity",
+    }
+    async with session.get(fs.encode_url(url), **options) as response:
+        if response.status == 416:
+            return b""
+        fs._raise_not_found_for_status(response, url)
+        length = response.content_length
+        if response.status != 206 and (
+            start > 0 or (stop is not None and (length is None or length > stop))
+        ):
+            raise RangesIgnoredError(f"the server ignores byte ranges (status {response.status})")
+        data: bytes = await response.read()
+    if length is not None and len(data) < length:
+        raise ShortReadError(f"{len(data)} of {length} bytes came")
+    return data

@@ -205,7 +205,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def manifest_of(document: Any, path: Path) -> Manifest:
+def manifest_of(document: Any, path: Path | str) -> Manifest:
     """The manifest in a document, which may be of some ranks only.
 
     Raises:
@@ -318,7 +318,7 @@ def _wrong(value: Any) -> Any:
     raise ValueError(f"unexpected {value!r:.40}")
 
 
-def _not_ours(path: Path, why: str) -> VerificationError:
+def _not_ours(path: Path | str, why: str) -> VerificationError:
     return VerificationError(
         f"{path} is damaged or of another version of tightfit: {why}",
         hint="run `tightfit shard` again",

@@ -1,0 +1,313 @@
+"""`tightfit shard` to a distant store: part by part, and the manifest last.
+
+Stores have neither renames nor locks, and take files as a whole: a part is there or it is not. Each
+that is complete gets a note beside it, with its checksums and what the store says of it. A note
+proves a part as long as the store says the same; where it says no more than the size, the part is
+read again and hashed. So nothing that is complete is sent twice, whatever stopped the work.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from tightfit.checkpoint.files import CONFIG, MANIFEST
+from tightfit.checkpoint.remote_output import BLOCK_BYTES, RemoteDirectory, encoded
+from tightfit.checkpoint.source import Source
+from tightfit.checkpoint.store import FIRST_WAIT_SECONDS, diagnose
+from tightfit.errors import CheckpointError, OutputError, TightfitError, VerificationError
+from tightfit.sharding.admission import check_same, check_there
+from tightfit.sharding.agreement import check_rank_files
+from tightfit.sharding.by_part import PartWork, plan_parts, write_parts
+from tightfit.sharding.job import ShardJob
+from tightfit.sharding.manifest import Manifest, manifest_of
+from tightfit.sharding.parts import Part
+from tightfit.sharding.progress import Progress
+from tightfit.sharding.ranks import rank_manifest
+from tightfit.sharding.shard import Checksums, config_to_write, manifest_for
+from tightfit.sharding.side_files import side_files
+from tightfit.sharding.stream import SourceFiles
+
+PARTS_AT_A_TIME = 8
+_ATTEMPTS = 3
+States = dict[str, list[int | str]]
+
+
+def shard_to(
+    job: ShardJob,
+    url: str,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Write the rank files, the side files and the manifest to an fsspec URL.
+
+    What is complete stays whatever happens, and `resume` goes on with it. `notice` is told what
+    an interruption leaves.
+
+    Returns:
+        The manifest of the ranks that are there now.
+
+    Raises:
+        OutputError: there is something else, or it cannot be written.
+        CheckpointError: a source file is truncated, or changed meanwhile.
+        VerificationError: the source is sharded itself, and damaged.
+    """
+    place = RemoteDirectory(url)
+    names = place.names()
+    if names:
+        check_there(
+            place.label,
+            names,
+            job,
+            lambda name: _document(place, name, 0).get("job"),
+            resume=resume,
+        )
+    if MANIFEST in names:
+        manifest = manifest_of(_document(place, MANIFEST, 0), f"{place.label}/{MANIFEST}")
+        check_same(place.label, manifest, job, lambda name: place.source.size(name))
+        return manifest
+    place.prepare()
+    upload = Upload(job=job, place=place)
+    try:
+        upload.run(names, progress)
+    except KeyboardInterrupt:
+        notice(upload.safe())
+        raise
+    _write_side_files(job, place)
+    return _vouch(job, place, upload.checksums)
+
+
+@dataclass(slots=True, kw_only=True)
+class Upload:
+    """The parts of a job on their way."""
+
+    job: ShardJob
+    place: RemoteDirectory
+    checksums: Checksums = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+
+    def run(self, names: Iterable[str], progress: Progress) -> None:
+        """Send all parts but what is proven to be there; `names` are of files that are there."""
+        job, source = self.job, self.job.checkpoint.source
+        works = plan_parts(job)
+        files = sorted({file for work in works for file in work.sources})
+        with SourceFiles(source) as opened:
+            # Opened before anything is copied, so that every change from now on is seen.
+            for file in files:
+                opened.descriptor(file)
+            states = source_states(source, files)
+            self._prove(set(names), states, progress)
+            todo = [work for work in works if work.part.name not in self.done]
+            self.place.give_up_uploads(work.part.name for work in todo)
+            if job.cut_again is not None and todo:
+                check_rank_files(job.cut_again, opened, progress)
+            progress.phase("uploading", sum(work.part.nbytes for work in todo))
+            for group in _groups(todo):
+                self._send(group, opened, progress)
+                check_states(source, states, opened)
+                for work in group:
+                    self._note(work.part, states)
+
+    def safe(self) -> str:
+        """What is there for good."""
+        count = len(self.job.parts)
+        return (
+            f"{len(self.done)} of {count} files are complete in {self.place.label}, and the same "
+            "command with --resume goes on"
+        )
+
+    def _send(self, group: list[PartWork], files: SourceFiles, progress: Progress) -> None:
+        what = group[0].part.name
+        for attempt in range(_ATTEMPTS):
+            told = _Told(progress)
+            try:
+                with self.place.errors(what, self.safe):
+                    try:
+                        self._send_once(group, files, told)
+                    except TightfitError:
+                        raise
+                    except Exception as error:
+                        if attempt + 1 == _ATTEMPTS or not diagnose(error).transient:
+                            raise
+                        progress.advance(-told.nbytes)
+                        time.sleep(FIRST_WAIT_SECONDS * 4**attempt)
+                        continue
+            except CheckpointError as error:
+                raise CheckpointError(error.message, hint=f"{error.hint}; {self.safe()}") from error
+            return
+
+    def _send_once(self, group: list[PartWork], files: SourceFiles, progress: Progress) -> None:
+        with ExitStack() as stack:
+            sinks = [
+                stack.enter_context(self.place.open(work.part.name, work.part.nbytes))
+                for work in group
+            ]
+            for work, sums in zip(group, write_parts(group, files, sinks, progress), strict=True):
+                self.checksums |= {(work.part.name, name): sums[name] for name in sums}
+
+    def _note(self, part: Part, states: States) -> None:
+        state = self.place.source.state(part.name)
+        if state[0] != part.nbytes:
+            raise OutputError(
+                f"{self.place.label} has {state[0]} bytes of {part.name!r}, and {part.nbytes} "
+                "were sent",
+                hint="does another process write there? " + self.safe(),
+            )
+        sums = {one.tensor.name: self.checksums[part.name, one.tensor.name] for one in part.placed}
+        note = {"sources": states, "state": state, "xxh3": sums}
+        self.place.write(note_name(part), [encoded({"job": dict(self.job.identity)}, note)])
+        self.done.add(part.name)
+
+    def _prove(self, names: set[str], states: States, progress: Progress) -> None:
+        noted = [p for p in self.job.parts if {p.name, note_name(p)} <= names]
+        if not noted:
+            return
+        progress.phase("checking", 0)
+        with ThreadPoolExecutor(max_workers=PARTS_AT_A_TIME) as pool:
+            proofs = pool.map(lambda part: self._proof(part, states), noted)
+            for part, sums in zip(noted, proofs, strict=True):
+                if sums is not None:
+                    self.done.add(part.name)
+                    self.checksums |= {(part.name, name): sums[name] for name in sums}
+
+    def _proof(self, part: Part, states: States) -> Mapping[str, str] | None:
+        """The checksums of a part that is as its note says; None if that is not proven."""
+        try:
+            note = _document(self.place, note_name(part), 1)
+            state = self.place.source.state(part.name)
+        except (CheckpointError, VerificationError):
+            return None
+        sums, noted = note.get("xxh3"), note.get("sources")
+        known = {one.tensor.name for one in part.placed}
+        if not isinstance(sums, dict) or sums.keys() != known or not isinstance(noted, dict):
+            return None
+        same_source = all(states.get(file) == state for file, state in noted.items())
+        if not same_source or note.get("state") != state or state[0] != part.nbytes:
+            return None
+        if len(state) == 1 and any(self._hash(part, i) != sums[n] for i, n in _tensors(part)):
+            return None
+        return sums
+
+    def _hash(self, part: Part, number: int) -> str:
+        one, digest = part.placed[number], xxhash.xxh3_128()
+        end = one.offset + one.tensor.nbytes
+        for at in range(one.offset, end, BLOCK_BYTES):
+            digest.update(self.place.source.read(part.name, at, min(at + BLOCK_BYTES, end)))
+        return digest.hexdigest()
+
+
+def note_name(part: Part) -> str:
+    """Where the completion of a part is noted."""
+    return f"tightfit-{part.name}.json"
+
+
+def source_states(source: Source, files: Iterable[str]) -> States:
+    """By what changed source files are told from those that were read before."""
+    names = list(files)
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(source.state, names), strict=True))
+
+
+def check_states(source: Source, states: States, files: SourceFiles) -> None:
+    """Refuse to vouch for a copy of files that were written to meanwhile.
+
+    Raises:
+        CheckpointError: a source file has changed.
+    """
+    files.check_unchanged()
+    distant = [name for name in states if source.local_path(name) is None]
+    now = source_states(source, distant)
+    for name in distant:
+        if now[name] != states[name]:
+            raise CheckpointError(
+                f"{source.label}: {name!r} changed while it was read",
+                hint="wait until nobody writes to the source, then start again",
+            )
+
+
+class _Told:
+    """Progress that can be taken back."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self.nbytes = progress, 0
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        self._progress.phase(name, total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._progress.advance(nbytes)
+
+
+def _groups(works: list[PartWork]) -> Iterator[list[PartWork]]:
+    """Parts that go up together: the first of all ranks, then the second, and so on."""
+    seen: dict[int, int] = {}
+    order: list[tuple[int, int, PartWork]] = []
+    for work in works:
+        rank = work.part.rank.rank
+        seen[rank] = seen.get(rank, -1) + 1
+        order.append((seen[rank], rank, work))
+    order.sort(key=lambda one: one[:2])
+    for first in range(0, len(order), PARTS_AT_A_TIME):
+        yield [work for _, _, work in order[first : first + PARTS_AT_A_TIME]]
+
+
+def _write_side_files(job: ShardJob, place: RemoteDirectory) -> None:
+    source = job.checkpoint.source
+    for name in side_files(job.checkpoint):
+        size = source.size(name)
+        with place.errors(name), place.open(name, size) as sink:
+            for at in range(0, size, BLOCK_BYTES):
+                sink.write(memoryview(source.read(name, at, min(at + BLOCK_BYTES, size))))
+    place.write(CONFIG, [config_to_write(job)])
+
+
+def _vouch(
+    job: ShardJob, place: RemoteDirectory, checksums: dict[tuple[str, str], str]
+) -> Manifest:
+    """Write what vouches for the ranks of this job, and for all of them if all are there."""
+    manifest = manifest_for(job, checksums)
+    if len(job.ranks) < job.parallel.world_size:
+        for rank in job.ranks:
+            lines = encoded({"job": dict(job.identity)}, manifest.only(rank).to_json())
+            place.write(rank_manifest(rank), [lines])
+        names = place.names()
+        there = [r for r in range(job.parallel.world_size) if rank_manifest(r) in names]
+        found = [
+            manifest_of(_document(place, name, 1), f"{place.label}/{name}")
+            for name in map(rank_manifest, there)
+        ]
+        manifest = manifest.with_files(tuple(file for one in found for file in one.files))
+    if not manifest.missing_ranks:
+        place.write(MANIFEST, [encoded(manifest.to_json())])
+        notes = [n for n in place.names() if n.startswith("tightfit-") and n.endswith(".json")]
+        place.remove(name for name in notes if name != MANIFEST)
+    return manifest
+
+
+def _document(place: RemoteDirectory, name: str, line: int) -> dict[str, Any]:
+    """One of the documents in a file of ours; empty if it is none.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not name.endswith(".json"):
+        return {}
+    lines = place.read(name).split(b"\n")
+    try:
+        found = json.loads(lines[line])
+    except (IndexError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _tensors(part: Part) -> Iterator[tuple[int, str]]:
+    for number, one in enumerate(part.placed):
+        yield number, one.tensor.name
