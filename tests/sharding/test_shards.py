@@ -17,7 +17,7 @@ from support.tiny_models import NAMES, make_tiny_model
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
-from tightfit.errors import CheckpointError, LayoutError, UnsupportedModelError
+from tightfit.errors import CheckpointError, LayoutError
 from tightfit.model.stored import stored_layout
 from tightfit.sharding import stream
 from tightfit.sharding.shard import prepare, shard
@@ -340,22 +340,4 @@ def test_source_changes_meanwhile(
     changed = f"{model}: 'model.safetensors' changed while it was read"
     ended = "model.safetensors is truncated: byte "
     assert e.value.message.startswith(changed if damage == "touched" else ended)
-    assert not (tmp_path / "out").exists()
-
-
-def test_quantized_checkpoints_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model, tensors = copy_of(tiny_model("llama"), tmp_path / "model")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        rows, columns = tensors[name].shape
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.ones(-(-rows // 128), -(-columns // 128))
-    write_model(model, tensors)
-    config = json.loads((model / "config.json").read_bytes())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError) as e:
-        write_shards(model, tmp_path / "out", 2)
-    assert e.value.message == (
-        "model is quantized, and sharding quantized checkpoints is not supported"
-    )
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,12 @@
 """Ask a real vLLM (CPU build) which tensors its sharded-state loader wants. Run by its interpreter.
 
-usage: state_jobs.py JOBS.json   where JOBS is a list of {"directory", "tp", "pp"}
+usage: state_jobs.py JOBS.json   where JOBS is a list of {"directory", "tp", "pp", "kernels"}
 
 A model is built without weights on every rank of the layout, and what is listed is its state before
 any kernel rearranges it, after the loader's own filter of tensors that share memory. vLLM is
 imported once; each job forks one process per rank, joined by gloo. Every job gives one line of
-JSON: for each rank a dictionary of name to [shape, dtype, value of scalars], or an error.
+JSON: for each rank a dictionary of name to [shape, dtype, value if all elements have it], or an
+error. Without `kernels` none are chosen, because those of most quantizations are for GPUs.
 """
 
 import json
@@ -39,11 +40,17 @@ def build(job, rank, store, results):
         from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
         from vllm.utils.torch_utils import set_default_torch_dtype
 
+        if not job.get("kernels", True):
+            sys.path.insert(0, str(Path(__file__).parent.parent))
+            from support.make_quantized_data import without_kernels
+
+            without_kernels()
         tp, pp = job["tp"], job.get("pp", 1)
         config = EngineArgs(
             model=job["directory"],
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,
+            enable_expert_parallel=job.get("ep", False),
             enforce_eager=True,
             dtype="bfloat16",
             skip_tokenizer_init=True,
@@ -66,7 +73,7 @@ def build(job, rank, store, results):
             name: [
                 list(tensor.shape),
                 str(tensor.dtype).removeprefix("torch."),
-                float(tensor.detach().float()) if tensor.dim() == 0 else None,
+                value(tensor),
             ]
             for name, tensor in kept.items()
         }
@@ -76,6 +83,14 @@ def build(job, rank, store, results):
     results.close()
     results.join_thread()
     os._exit(0)
+
+
+def value(tensor):
+    if tensor.numel() > 8:
+        return None
+    first, *others = tensor.detach().float().flatten().tolist()
+    # JSON knows no NaN, which memory that nobody has filled may hold.
+    return first if first == first and all(first == other for other in others) else None
 
 
 def run_job(context, job):

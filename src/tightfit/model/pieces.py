@@ -1,6 +1,8 @@
 """A rank's tensor, and the boxes of checkpoint tensors that fill it."""
 
-from dataclasses import dataclass
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from math import prod
 
 from tightfit.units import dtype_bytes
@@ -29,6 +31,13 @@ class Piece:
     """Every element becomes `-exp(x)` in float32: the decay rates of Mamba."""
 
 
+def element(value: float, dtype: str) -> bytes:
+    """The bytes of one element."""
+    if dtype == "BF16":
+        return struct.pack("<f", value)[2:]
+    return struct.pack({"F32": "<f", "F16": "<e"}[dtype], value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankTensor:
     """A tensor of one rank's files: where each element comes from, and `fill` for the others.
@@ -43,6 +52,28 @@ class RankTensor:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...] = ()
     fill: float = 0.0
+    optional: bool = False
+    """Checkpoints may lack sources of it; of pieces for the same place the first is taken."""
+
+    def settled(self, shapes: Mapping[str, tuple[int, ...]]) -> "RankTensor":
+        """With the pieces that a checkpoint has, and the shapes that its tensors have there.
+
+        Scales may be `[]`, `[1]` or `[1, 1]`, and those of rows `[n]` or `[n, 1]`: boxes see them
+        as the engine does.
+
+        Args:
+            shapes: of the checkpoint's tensors; one that is not there stays as it was expected.
+        """
+        pieces: dict[tuple[int, ...], Piece] = {}
+        for number, piece in enumerate(self.pieces):
+            if self.optional and piece.source not in shapes:
+                continue
+            shape = shapes.get(piece.source, piece.source_shape)
+            if shape != piece.source_shape and piece.view is None:
+                piece = replace(piece, view=piece.source_shape, source_shape=shape)
+            pieces.setdefault(piece.at if self.optional else (number,), piece)
+        fill = 0.0 if pieces else self.fill
+        return replace(self, pieces=tuple(pieces.values()), fill=fill, optional=False)
 
     @property
     def nbytes(self) -> int:

@@ -4,11 +4,11 @@ Every copy is planned again as for writing; what no copy covers has to be `fill`
 """
 
 import os
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.model.pieces import element
 from tightfit.sharding.copies import Copy, Decay, Turn, copies
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.manifest import StoredTensor
@@ -24,7 +24,9 @@ def equal(
     for piece in tensor.pieces:
         info = sources[piece.source]
         alike = info.dtype == tensor.dtype or piece.decay
-        if not alike or not _inside(piece.start, piece.shape, piece.view or info.shape):
+        if not alike or not _inside(
+            piece.start, piece.shape, info.shape if piece.view is None else piece.view
+        ):
             return False
         found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
         for copy in found:
@@ -116,7 +118,7 @@ def _blocks(copy: Copy | Turn | Decay) -> Iterator[Copy | Turn | Decay]:
 def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn | Decay]) -> bool:
     """Whether the bytes between the copies are `fill`, and the copies do not overlap."""
     covered = sorted(span for copy in planned for span in _spans(copy))
-    fill = struct.pack("<f", tensor.fill) if tensor.fill else b"\0"
+    fill = element(tensor.fill, tensor.dtype) if tensor.fill else b"\0"
     at, end = tensor.offset, tensor.offset + tensor.nbytes
     for first, last in [*covered, (end, end)]:
         if first < at or last > end:

@@ -126,7 +126,7 @@ def copies(
 ) -> Iterator[Copy | Turn | Decay]:
     """What carries out one piece, as few and as long ranges as its strides allow."""
     size = dtype_bytes(source.dtype)
-    source_strides = _strides(piece.view or source.shape)
+    source_strides = _strides(source.shape if piece.view is None else piece.view)
     source_offset = source.offset + size * _dot(piece.start, source_strides)
     target_strides = _strides(target_shape)
     target_offset += (4 if piece.decay else size) * _dot(piece.at, target_strides)

@@ -14,6 +14,7 @@ from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.model.parameters import check_parallel
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import StoredLayout, rank_tensors
+from tightfit.model.stored.quantized import check_quantization
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.gather import Gather, copied_bytes, plan
@@ -115,10 +116,7 @@ def prepare(
             hint="plan it with `tightfit plan`",
         )
     if spec.quantization is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.name} is quantized, and sharding quantized checkpoints is not supported",
-            hint="shard the unquantized model",
-        )
+        check_quantization(spec, layout)
     parallel = Parallel(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -127,13 +125,19 @@ def prepare(
     try:
         check_parallel(spec, parallel)
     except LayoutError as error:
+        if spec.quantization is not None:
+            raise
         # This raises by itself if our own runtime cannot do it either.
         check_parallel(spec, replace(parallel, uneven=True))
         hint = f"{error.hint}; or --layout builtin, which `tightfit run` loads"
         raise LayoutError(error.message, hint=hint) from None
     chosen = _chosen(ranks, parallel)
     sources = checkpoint.tensors() if cut_again is None else cut_again.sources
-    tensors = {rank: rank_tensors(spec, rank, layout) for rank in parallel.ranks()}
+    shapes = {name: info.shape for name, info in sources.items()}
+    tensors = {
+        rank: [tensor.settled(shapes) for tensor in rank_tensors(spec, rank, layout)]
+        for rank in parallel.ranks()
+    }
     parts = [
         part
         for rank in chosen
@@ -257,4 +261,11 @@ def _with_source_dtype(tensor: RankTensor, sources: Mapping[str, TensorInfo]) ->
             f"the parts of {tensor.name!r} have different dtypes: {', '.join(sorted(dtypes))}",
             hint="save the model in one dtype",
         )
-    return replace(tensor, dtype=dtypes.pop()) if dtypes else tensor
+    dtype = dtypes.pop() if dtypes else tensor.dtype
+    if dtype == "F8_E8M0" and tensor.dtype == "U8":
+        raise UnsupportedModelError(
+            f"the parts of {tensor.name!r} have the dtype {dtype}, and vLLM would not take their "
+            "bits, but round their values to whole numbers",
+            hint="shard a checkpoint that stores such scales as U8",
+        )
+    return replace(tensor, dtype=dtype)

@@ -152,6 +152,12 @@ def _by_layout(
 ) -> RankFiles:
     pp_size, tp_size = sizes_by_names(checkpoint.name, headers)
     spec = describe(checkpoint).spec
+    if spec.quantization is not None:
+        raise LayoutError(
+            f"{checkpoint.name} is quantized and has no {MANIFEST}: kernels may have rearranged "
+            "its weights, and nothing says of which tensors they were made",
+            hint=_AGAIN,
+        )
     why: list[str] = []
     for layout in LAYOUTS.values():
         parallel = Parallel(
@@ -234,7 +240,8 @@ def _check_header(file: StoredFile, header: Mapping[str, TensorInfo]) -> None:
 
 def _check_piece(piece: Piece, info: TensorInfo) -> None:
     """Boxes come from a file: they have to lie inside the tensors that they speak of."""
-    shape, source = piece.shape, piece.view or piece.source_shape
+    shape = piece.shape
+    source = piece.source_shape if piece.view is None else piece.view
     if piece.transposed:
         shape = (*shape[:-2], *shape[-2:][::-1])
     depth = len(info.shape) - len(shape)

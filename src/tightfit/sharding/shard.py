@@ -2,7 +2,6 @@
 
 import os
 import resource
-import struct
 from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tightfit.checkpoint.files import CONFIG
 from tightfit.checkpoint.writer import check_free_space
+from tightfit.model.pieces import element
 from tightfit.sharding.agreement import check_rank_files
 from tightfit.sharding.gather import run_gather
 from tightfit.sharding.job import Job
@@ -153,9 +153,8 @@ def _write_fill(one: Placed, target: int, *, clear: bool) -> None:
     """What no copy writes: constants; new files hold zeros, and others (`clear`) anything."""
     tensor = one.tensor
     if tensor.fill:
-        assert tensor.dtype == "F32"
         assert not tensor.pieces
-        os.pwrite(target, struct.pack("<f", tensor.fill), one.offset)
+        os.pwrite(target, element(tensor.fill, tensor.dtype) * prod(tensor.shape), one.offset)
     elif clear:
         copied = sum(dtype_bytes(tensor.dtype, prod(piece.shape)) for piece in tensor.pieces)
         zeros = memoryview(bytes(BUFFER_BYTES if copied < tensor.nbytes else 0))

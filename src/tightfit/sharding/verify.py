@@ -127,8 +127,14 @@ def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -
             pipeline_parallel_size=manifest.pipeline_parallel_size,
             uneven=layout.uneven,
         )
+        shapes = {
+            piece.source: piece.source_shape
+            for file in manifest.files
+            for tensor in file.tensors
+            for piece in tensor.pieces
+        }
         for rank in parallel.ranks():
-            expected = {t.name: t for t in rank_tensors(spec, rank, layout)}
+            expected = {t.name: t.settled(shapes) for t in rank_tensors(spec, rank, layout)}
             files = manifest.rank_files(rank.rank)
             stored = {t.name: t for file in files for t in file.tensors}
             for name in sorted(expected.keys() - stored.keys()):

@@ -5,11 +5,11 @@ takes as long as that many bytes. So the slices of a cut along the inputs are re
 the rows are long, and as blocks of whole rows if not.
 """
 
-import struct
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from tightfit.model.pieces import element
 from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.gather import Gather
@@ -116,12 +116,11 @@ def constants(part: Part) -> Iterator[Constant]:
     yield Constant(offset=0, nbytes=len(part.header), pattern=part.header)
     for one in part.placed:
         if one.tensor.fill and one.tensor.nbytes:
-            assert one.tensor.dtype == "F32"
             assert not one.tensor.pieces
             yield Constant(
                 offset=one.offset,
                 nbytes=one.tensor.nbytes,
-                pattern=struct.pack("<f", one.tensor.fill),
+                pattern=element(one.tensor.fill, one.tensor.dtype),
             )
 
 

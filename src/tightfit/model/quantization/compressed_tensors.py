@@ -27,7 +27,7 @@ _FORMATS = (
     "pack-quantized",
 )
 PLACEHOLDERS = (
-    *(Form(kind=kind, dtype="F32") for kind in ("k_scale", "v_scale", "q_scale")),
+    *(Form(kind=kind, dtype="F32", fill=1.0) for kind in ("k_scale", "v_scale", "q_scale")),
     *(Form(kind=kind, dtype=None) for kind in ("k_zero_point", "v_zero_point", "q_zero_point")),
 )
 _CACHE_SCALES = r"\.[kvq]_(scale|zero_point)$|\.[kvq]_proj\.output_(scale|zero_point)$"

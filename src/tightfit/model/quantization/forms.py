@@ -47,6 +47,8 @@ class Form:
     """Freed when a kernel has taken its own copy of the weight."""
     only: str | None = None
     """`linear` or `experts`, where the other has none."""
+    fill: float = 0.0
+    """What an engine has where the checkpoint has nothing."""
 
 
 Forms = tuple[Form, ...]
@@ -67,11 +69,21 @@ def loaded(weight: Weight, forms: Forms) -> Iterator[Weight]:
     Raises:
         LayoutError: groups or words do not divide the weight.
     """
+    return (tensor for _, tensor in created(weight, forms))
+
+
+def created(weight: Weight, forms: Forms) -> Iterator[tuple[Form, Weight]]:
+    """The same, each with its form.
+
+    Raises:
+        LayoutError: groups or words do not divide the weight.
+    """
     for form in forms:
         if form.loaded and _applies(form, weight):
             _check_fused(weight, form)
             tensor = _tensor(weight, form)
-            yield replace(tensor, parts=tensor.parts[:1]) if form.shared else tensor
+            # The last part is loaded last.
+            yield form, replace(tensor, parts=tensor.parts[-1:]) if form.shared else tensor
 
 
 def _check_fused(weight: Weight, form: Form) -> None:

@@ -13,7 +13,8 @@ from tightfit.model.quantization.matching import Names, modules
 from tightfit.model.quantization.recipe import Recipe, Rule
 
 PLACEHOLDERS = tuple(
-    Form(kind=kind, dtype=None) for kind in ("q_scale", "k_scale", "v_scale", "prob_scale")
+    Form(kind=kind, dtype=None, columns=None, fill=-1.0)
+    for kind in ("q_scale", "k_scale", "v_scale", "prob_scale")
 )
 _OPTIONAL = (r"\.[kvq]_proj\.[kvq]_scale$|\.[kvq]_scale$|_quantizer\.", r"\.input_scale$")
 _TOWERS = r".*(vision_tower|vision_model|vit_large_projector)"
@@ -43,6 +44,7 @@ def read(section: Config, head: str, *, default: str = "none") -> Recipe:
         ignored=modules(excluded),
         head=head,
         placeholders=PLACEHOLDERS,
+        latent_placeholders=True,
         optional_sources=_OPTIONAL,
     )
 

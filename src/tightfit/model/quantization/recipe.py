@@ -7,7 +7,7 @@ from math import gcd
 from tightfit.errors import LayoutError, UnsupportedModelError
 from tightfit.model.layout import Axis, Cut, Parallel, Part, Rank, Weight
 from tightfit.model.quantization.base import Quantization
-from tightfit.model.quantization.forms import Form, Forms, loaded, stored
+from tightfit.model.quantization.forms import Form, Forms, created, stored
 from tightfit.model.quantization.matching import Names
 
 
@@ -40,6 +40,8 @@ class Recipe(Quantization):
     """Rows and columns of a block of the experts' scales, where an engine makes them smaller."""
     placeholders: tuple[Form, ...] = ()
     """What an engine has beside each attention layer until its weights are loaded."""
+    latent_placeholders: bool = False
+    """Beside layers of latent attention as well."""
     optional_sources: tuple[str, ...] = ()
     refused: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = ()
     """First version, version after the last, and why those versions do not load it."""
@@ -54,15 +56,8 @@ class Recipe(Quantization):
 
     def loaded(self, weight: Weight) -> Iterator[Weight]:
         """The engine's tensors, and its placeholders beside attention layers."""
-        forms = self.forms(weight)
-        if self.padded_experts and weight.experts:
-            weight = _padded(weight, self.padded_experts)
-        if forms is None:
-            yield weight
-        else:
-            if weight.experts and self.expert_block:
-                forms = tuple(_in_blocks(form, self.expert_block) for form in forms)
-            yield from loaded(self._split(weight), forms)
+        for _, tensor in self.created(weight):
+            yield tensor
         if weight.name.endswith(_FUSED) and isinstance(weight.where, int):
             module = weight.name.removesuffix(_FUSED)
             for form in self.placeholders:
@@ -74,6 +69,22 @@ class Recipe(Quantization):
                     dtype=form.dtype,
                     dropped=True,
                 )
+
+    def created(self, weight: Weight) -> Iterator[tuple[Form | None, Weight]]:
+        """The engine's tensors with their forms, which what is not quantized lacks.
+
+        Raises:
+            LayoutError, UnsupportedModelError: as `apply`.
+        """
+        forms = self.forms(weight)
+        if self.padded_experts and weight.experts:
+            weight = _padded(weight, self.padded_experts)
+        if forms is None:
+            yield None, weight
+        else:
+            if weight.experts and self.expert_block:
+                forms = tuple(_in_blocks(form, self.expert_block) for form in forms)
+            yield from created(self._split(weight), forms)
 
     def forms(self, weight: Weight) -> Forms | None:
         """The forms of a weight, or None if it stays as it is.

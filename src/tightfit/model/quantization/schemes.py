@@ -179,7 +179,7 @@ def nvfp4(*, activations: bool, modelopt: bool = False) -> Forms:
     if activations:
         return (*forms, given)
     # vLLM makes room for what old exports have, and what experts' kernels take.
-    unused = replace(given, stored=False, dropped=True)
+    unused = replace(given, stored=False, dropped=True, fill=1.0)
     if not modelopt:
         return (*forms, replace(unused, only="experts"))
     linear = replace(unused, dtype=None, only="linear")

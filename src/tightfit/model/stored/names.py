@@ -27,7 +27,7 @@ class FamilyNames:
     """A parameter of every attention layer, and the module that has its constants."""
 
 
-_EXPERTS: Renames = ((r"\.experts\.(w13|w2)_(weight|bias)$", r".experts.routed_experts.\1_\2"),)
+_EXPERTS: Renames = ((r"\.experts\.(w13|w2)_(\w+)$", r".experts.routed_experts.\1_\2"),)
 _ROUTER: Renames = ((r"\.mlp\.gate\.(weight|e_score_correction_bias)$", r".mlp.experts.gate.\1"),)
 """The experts hold the router as well."""
 _CORRECTION: Renames = (

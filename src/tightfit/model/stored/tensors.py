@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tightfit.model.layout import Rank, RankTensor, Weight, on_rank
-from tightfit.model.parameters import parameters
+from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored.layouts import StoredLayout
 from tightfit.model.stored.names import FamilyNames, constants
+from tightfit.model.stored.quantized import placeholders, quantized_tensors
 
 
 def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[RankTensor, ...]:
@@ -20,7 +22,7 @@ def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[Ran
     names = layout.family(spec.architecture)
     return tuple(
         one
-        for weight in parameters(spec)
+        for weight in plain_parameters(spec)
         if on_rank(weight, rank, spec.num_layers)
         for one in _tensors(weight, spec, rank, names)
     )
@@ -30,13 +32,22 @@ def _tensors(
     weight: Weight, spec: ModelSpec, rank: Rank, names: FamilyNames
 ) -> Iterator[RankTensor]:
     """A parameter, and the constants of the attention layer that it stands for."""
-    tensor = weight.rank_tensor(rank, spec.dtype)
-    yield replace(tensor, name=_stored_name(weight.name, spec, rank, names))
+    recipe = spec.quantization
+    if isinstance(recipe, Recipe):
+        for tensor in quantized_tensors(recipe, weight, rank, spec.dtype):
+            yield replace(tensor, name=_stored_name(tensor.name, spec, rank, names))
+    else:
+        tensor = weight.rank_tensor(rank, spec.dtype)
+        yield replace(tensor, name=_stored_name(weight.name, spec, rank, names))
     if not isinstance(weight.where, int):
         return
     for pattern, replacement in names.attention:
         if re.search(pattern, weight.name):
-            for name in constants(re.sub(pattern, replacement, weight.name)):
+            attention = re.sub(pattern, replacement, weight.name)
+            if isinstance(recipe, Recipe):
+                for tensor in placeholders(recipe, attention, spec.dtype):
+                    yield replace(tensor, name=_renamed(tensor.name, names))
+            for name in constants(attention):
                 yield RankTensor(
                     name=_renamed(name, names), parameter=None, dtype="F32", shape=(), fill=1.0
                 )

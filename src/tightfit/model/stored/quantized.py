@@ -1,0 +1,123 @@
+"""The tensors that vLLM makes room for where a checkpoint is quantized.
+
+Those are what its loader fills before kernels rearrange anything (`create_weights` of each scheme):
+the values and scales of a matrix, fused and cut like it, and placeholders beside attention layers.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.layout import Piece, Rank, RankTensor, Weight
+from tightfit.model.quantization.forms import Form
+from tightfit.model.quantization.recipe import Recipe
+from tightfit.model.spec import ModelSpec
+from tightfit.model.stored.layouts import StoredLayout
+
+_VERSION = (0, 32)
+
+
+def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
+    """Refuse what the engine of a layout does not load.
+
+    Raises:
+        UnsupportedModelError: it has no such quantization, or its state is not modelled.
+    """
+    recipe = spec.quantization
+    if recipe is None:
+        return
+    if layout.uneven:
+        raise UnsupportedModelError(
+            f"the layout {layout.name} has no quantized layers",
+            hint="shard for vLLM: --layout vllm-0.32",
+        )
+    if not isinstance(recipe, Recipe):
+        raise UnsupportedModelError(
+            f"sharding checkpoints in {recipe.name} is not supported",
+            hint="plan it with `tightfit plan`",
+        )
+    reason = recipe.refusal(_VERSION)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"vLLM would not load {recipe.name}: {reason}",
+            hint="quantize the model again, in a scheme that vLLM has",
+        )
+
+
+def quantized_tensors(
+    recipe: Recipe, weight: Weight, rank: Rank, dtype: str
+) -> Iterator[RankTensor]:
+    """What stands for a weight on a rank of a model that computes in `dtype`.
+
+    Raises:
+        LayoutError: the layout, or the scheme, does not divide this weight.
+        UnsupportedModelError: parts of the weight are quantized differently.
+    """
+    for form, held in recipe.created(weight):
+        # Boxes see sources without dimensions that mean nothing to an engine.
+        flat = held if form is None else replace(held, stored_shape=None)
+        tensor = flat.rank_tensor(rank, dtype)
+        yield tensor if form is None else _as_held(form, held, tensor, dtype)
+
+
+def _as_held(form: Form, held: Weight, tensor: RankTensor, dtype: str) -> RankTensor:
+    if not form.stored:
+        tensor = replace(tensor, dtype=held.held_dtype(dtype), pieces=())
+    if held.transposed:
+        tensor = _turned(tensor)
+    if held.experts and not form.rows and form.columns is None and tensor.shape[-1] == 1:
+        pieces = tuple(replace(piece, at=piece.at[:-1]) for piece in tensor.pieces)
+        tensor = replace(tensor, shape=tensor.shape[:-1], pieces=pieces)
+    return replace(tensor, fill=form.fill, optional=form.optional)
+
+
+def _turned(tensor: RankTensor) -> RankTensor:
+    """The engine holds `columns, rows`, as the checkpoint does."""
+
+    def swapped(sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return (*sizes[:-2], sizes[-1], sizes[-2])
+
+    pieces = tuple(
+        replace(piece, at=swapped(piece.at), transposed=not piece.transposed)
+        for piece in tensor.pieces
+    )
+    return replace(tensor, shape=swapped(tensor.shape), pieces=pieces)
+
+
+def placeholders(recipe: Recipe, attention: str, dtype: str) -> Iterator[RankTensor]:
+    """What an attention layer has until it is loaded: scales of a quantized cache."""
+    if attention.endswith(_LATENT) and not recipe.latent_placeholders:
+        return
+    for form in recipe.placeholders:
+        shape = () if form.columns is None else (form.count,)
+        zeros = tuple(0 for _ in shape)
+        yield RankTensor(
+            name=f"{attention}.{form.kind}",
+            parameter=f"{attention}.{form.kind}",
+            dtype=form.dtype or dtype,
+            shape=shape,
+            pieces=tuple(
+                Piece(source=name, source_shape=shape, start=zeros, shape=shape, at=zeros)
+                for name in _sources(attention, form.kind)
+            ),
+            fill=form.fill,
+            optional=True,
+        )
+
+
+def _sources(attention: str, kind: str) -> Iterator[str]:
+    """Where checkpoints may have it (`base_config.py: get_cache_scale_mapper`)."""
+    module = attention.removesuffix(_LATENT).removesuffix(".attn")
+    one, _, rest = kind.partition("_")
+    yield f"{attention}.{kind}"
+    yield f"{module}.{kind}"
+    yield f"{module}.{one}_proj.{kind}"
+    if rest == "scale":
+        yield f"{module}.{one}_proj.output_scale"
+    if kind == "k_scale":
+        yield f"{module}.kv_scale"
+    if kind == "prob_scale":
+        yield f"{module}.prob_output_scale"
+
+
+_LATENT = ".mla_attn.mla_attn"
