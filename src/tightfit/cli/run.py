@@ -103,6 +103,10 @@ def run(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_tokens=max_tokens
     )
     shards = read_shards(model)
+    if shards is not None:
+        from tightfit.sharding.headers import require_headers
+
+        require_headers(Path(model), shards)
     size = _world_size(tensor_parallel_size, shards, model)
     wanted = o.plan_options(
         engine="builtin",

@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
-from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.cli import options as o
-from tightfit.cli.output import guarded, one_line, print_json, progress
-from tightfit.errors import ConfigError, ExitCode
+from tightfit.cli.output import guarded, note, one_line, print_json, progress
+from tightfit.errors import CheckpointError, ConfigError, ExitCode, UsageError, VerificationError
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.verify import Report, check_tensor_parallel_size, require_manifest
 from tightfit.sharding.verify import verify as check
+from tightfit.sharding.vllm_load import PYTHON_VARIABLE, Loaded, load_in_vllm
 from tightfit.units import format_bytes
+
+_LOADING = "Loading"
 
 
 @guarded
@@ -35,27 +38,95 @@ def verify(
             show_default=False,
         ),
     ] = None,
+    load: Annotated[
+        str | None,
+        typer.Option(
+            metavar="vllm",
+            help="Load it in a real vLLM too, and generate a few tokens.",
+            rich_help_panel=_LOADING,
+            show_default=False,
+        ),
+    ] = None,
+    python: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help=f"Interpreter of vLLM's environment; else {PYTHON_VARIABLE}, or this one.",
+            rich_help_panel=_LOADING,
+            show_default=False,
+        ),
+    ] = None,
+    load_timeout: Annotated[
+        float, typer.Option(help="Seconds that vLLM may take.", rich_help_panel=_LOADING)
+    ] = 1800,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Check names, shapes and checksums, and with --against every byte.
+    """Check names, shapes and checksums, with --against every byte, with --load that vLLM loads it.
 
     Example: tightfit verify ./Qwen3-8B-tp2 --against ./Qwen3-8B
     """
+    if load not in (None, "vllm"):
+        raise UsageError(f"unknown engine {load!r}", hint="--load vllm")
+    if not load_timeout > 0:
+        raise UsageError(f"--load-timeout {load_timeout} is out of range", hint="seconds")
     if not directory.is_dir():
         raise ConfigError(f"there is no directory {directory}", hint="check the path")
     require_manifest(directory)
-    check_tensor_parallel_size(read_manifest(directory), tensor_parallel_size, str(directory))
+    manifest = read_manifest(directory)
+    check_tensor_parallel_size(manifest, tensor_parallel_size, str(directory))
     config = open_checkpoint(str(directory)).config
-    source = None if against is None else open_checkpoint(against, download=True)
+    source = None if against is None else _open_source(against)
     with progress(quiet=quiet) as bars:
         report = check(directory, config, bars, source)
+    loaded: Loaded | None = None
+    failure: VerificationError | None = None
+    if load is not None and report.ok:
+        try:
+            loaded = load_in_vllm(
+                directory,
+                manifest,
+                python=python,
+                timeout_seconds=load_timeout,
+                on_line=(lambda _: None) if quiet else note,
+            )
+        except VerificationError as error:
+            failure = error
     if as_json:
-        print_json(_document(directory, report))
+        document = _document(directory, report)
+        if load is not None:
+            document |= {
+                "ok": report.ok and loaded is not None,
+                "loaded": None if loaded is None else loaded.to_json(),
+                "load_error": None if failure is None else failure.message,
+            }
+        print_json(document)
     else:
-        _show(directory, report)
+        _show(directory, report, asked_to_load=load is not None)
+        if loaded is not None:
+            print(one_line(_said(loaded)))
+    if failure is not None:
+        raise failure
     if not report.ok:
         raise typer.Exit(ExitCode.FINDING)
+
+
+def _open_source(against: str) -> Checkpoint:
+    source = open_checkpoint(against, download=True)
+    if source.is_sharded:
+        raise CheckpointError(
+            f"{against} is sharded itself, and nothing that can be compared with",
+            hint="give the model that was sharded, or a merge (`tightfit merge`)",
+        )
+    return source
+
+
+def _said(loaded: Loaded) -> str:
+    ranks = f"{loaded.ranks} rank{'s' if loaded.ranks > 1 else ''}"
+    return (
+        f"loaded: vLLM {loaded.version} ({loaded.device}, {ranks}) took {loaded.load_seconds:g} s, "
+        f"and generated {len(loaded.tokens)} tokens: {' '.join(map(str, loaded.tokens))}"
+    )
 
 
 def _document(directory: Path, report: Report) -> dict[str, object]:
@@ -72,7 +143,7 @@ def _document(directory: Path, report: Report) -> dict[str, object]:
     }
 
 
-def _show(directory: Path, report: Report) -> None:
+def _show(directory: Path, report: Report, *, asked_to_load: bool) -> None:
     for problem in report.problems:
         print(f"problem: {one_line(problem)}")
     manifest = report.manifest
@@ -86,3 +157,5 @@ def _show(directory: Path, report: Report) -> None:
     else:
         count = len(report.problems)
         print(f"verification failed: {count} problem{'s' if count > 1 else ''} in {directory}")
+        if asked_to_load:
+            print("not loaded in vLLM, which does not see most of such problems")

@@ -21,6 +21,7 @@ from tightfit.errors import CheckpointError, LayoutError, VerificationError
 from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.model.stored import LAYOUTS, rank_tensors
 from tightfit.sharding.boxes import Held, Owned, Replica, compose, key, own
+from tightfit.sharding.headers import disagreements
 from tightfit.sharding.manifest import ORIGINALS, Manifest, StoredFile, read_manifest
 from tightfit.sharding.ranks import not_whole
 from tightfit.units import dtype_bytes
@@ -228,14 +229,8 @@ def _assembled(
 
 
 def _check_header(file: StoredFile, header: Mapping[str, TensorInfo]) -> None:
-    stored = {t.name: (t.dtype, t.shape, t.offset, t.nbytes) for t in file.tensors}
-    found = {i.name: (i.dtype, i.shape, i.offset, i.nbytes) for i in header.values()}
-    for name in sorted(stored.keys() | found.keys()):
-        if stored.get(name) != found.get(name):
-            raise VerificationError(
-                f"{file.name}: the header and the manifest disagree about {name!r}",
-                hint=_AGAIN,
-            )
+    for difference in disagreements(file, header):
+        raise VerificationError(difference, hint=_AGAIN)
 
 
 def _check_piece(piece: Piece, info: TensorInfo) -> None:

@@ -1,6 +1,5 @@
 """`tightfit verify`: is a sharded checkpoint what its manifest says, and what its source holds?"""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import require_weights
 from tightfit.checkpoint.files import MANIFEST, find_weights
-from tightfit.checkpoint.header import TensorInfo, read_header
-from tightfit.checkpoint.source import LocalSource, safe_name
+from tightfit.checkpoint.source import LocalSource
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.sharding.content import damages, differences
+from tightfit.sharding.headers import file_problems, stray_files
 from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.rank_files import sizes_by_names
@@ -52,7 +51,7 @@ def verify(
     problems = list(_structure(directory, config, manifest))
     good: list[StoredFile] = []
     for file in manifest.files:
-        found = list(_file_structure(directory, file))
+        found = list(file_problems(LocalSource(directory), file))
         problems += found
         if not found:
             good.append(file)
@@ -115,10 +114,7 @@ def check_tensor_parallel_size(manifest: Manifest, asked: int | None, where: str
 
 def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -> Iterator[str]:
     """Does the manifest describe what this layout demands of this config?"""
-    listed = {file.name for file in manifest.files}
-    for path in sorted(directory.glob("*.safetensors")):
-        if path.name not in listed:
-            yield f"{path.name} is not in the manifest; engines would load it as well"
+    yield from stray_files(LocalSource(directory), manifest)
     try:
         spec = model_spec(config)
         layout = stored_layout(manifest.layout)
@@ -152,37 +148,3 @@ def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -
                     yield f"rank {rank.rank}: {name!r} holds the slices of another rank or model"
     except TightfitError as error:
         yield f"config.json does not fit the manifest: {error.message}"
-
-
-def _file_structure(directory: Path, file: StoredFile) -> Iterator[str]:
-    """Is the file there, and does its header agree with the manifest?"""
-    try:
-        path = directory / safe_name(file.name, "the manifest")
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            header = read_header(
-                file.name, size, lambda start, stop: os.pread(stream.fileno(), stop - start, start)
-            )
-    except FileNotFoundError:
-        yield f"{file.name} is missing"
-        return
-    except OSError as error:
-        yield f"{file.name} cannot be read: {error.strerror}"
-        return
-    except CheckpointError as error:
-        yield error.message
-        return
-    expected = {
-        t.name: TensorInfo(
-            name=t.name,
-            dtype=t.dtype,
-            shape=t.shape,
-            file=file.name,
-            offset=t.offset,
-            nbytes=t.nbytes,
-        )
-        for t in file.tensors
-    }
-    for name in sorted(header.keys() | expected.keys()):
-        if header.get(name) != expected.get(name):
-            yield f"{file.name}: the header and the manifest disagree about {name!r}"
