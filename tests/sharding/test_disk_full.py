@@ -20,7 +20,7 @@ def full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("call", ["copy_file_range", "pwritev", "fsync", "rename", "write"])
+@pytest.mark.parametrize("call", ["preadv", "pwritev", "fsync", "rename", "write"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_full_disk(
     call: str, resume: bool, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ Names, shapes and tokens are held against vLLM itself in `tests/vllm`; here ever
 cuts is: stacked, transposed and interleaved sources, and computed decay rates.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from tightfit.checkpoint.header import TensorInfo
 from tightfit.cli.output import NoProgress
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.layout import Piece
-from tightfit.sharding import stream
 from tightfit.sharding.copies import copies
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.shard import prepare
@@ -225,11 +225,8 @@ def boxes() -> list[tuple[tuple[int, ...], Piece, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("buffer", [1, 40, 2**20])
 @pytest.mark.parametrize("dtype", ["U8", "BF16", "F32", "I64"])
-def test_every_kind_of_box(
-    buffer: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_box(buffer: int, dtype: str, tmp_path: Path) -> None:
     """What the planned copies write is what torch's own narrowing, transposing and copying give."""
-    monkeypatch.setattr(stream, "BUFFER_BYTES", buffer)
     kinds = {"U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
     for number, (shape, piece, target_shape) in enumerate(boxes()):
         count = torch.Size(shape).numel()
@@ -243,16 +240,40 @@ def test_every_kind_of_box(
         for dim, (first, size) in enumerate(zip(piece.at, box.shape, strict=True)):
             place = place.narrow(dim, first, size)
         place.copy_(box)
-        assert written(source, piece, expected, dtype, tmp_path / str(number)), piece
+        assert written(source, piece, expected, dtype, tmp_path / str(number), buffer), piece
+
+
+class Into:
+    """Writes to one file, and remembers how much."""
+
+    def __init__(self, fd: int, done: list[int]) -> None:
+        self.fd, self.done = fd, done
+
+    def put(self, target: int, offset: int, data: memoryview, *, aligned: bool) -> None:
+        assert os.pwrite(self.fd, data, offset) == len(data)
+        self.done.append(len(data))
+
+    def put_lines(
+        self, target: int, offset: int, stride: int, data: memoryview, nbytes: int
+    ) -> None:
+        for i in range(len(data) // nbytes):
+            line = data[i * nbytes : (i + 1) * nbytes]
+            self.put(target, offset + i * stride, line, aligned=False)
 
 
 def written(
-    source: torch.Tensor, piece: Piece, expected: torch.Tensor, dtype: str, directory: Path
+    source: torch.Tensor,
+    piece: Piece,
+    expected: torch.Tensor,
+    dtype: str,
+    directory: Path,
+    buffer: int,
 ) -> bool:
     """Whether the copies of a piece give `expected`; the files begin with a few other bytes."""
     from tightfit.checkpoint.source import LocalSource
+    from tightfit.sharding.carry import Carrier
     from tightfit.sharding.copies import Copy, TensorCopies, Turn
-    from tightfit.sharding.stream import SourceFiles, run_copies
+    from tightfit.sharding.stream import SourceFiles
 
     directory.mkdir()
     data = source.contiguous().view(torch.uint8).numpy().tobytes()
@@ -271,7 +292,7 @@ def written(
     target.write_bytes(b"12" + bytes(len(wanted) - 2))
     done: list[int] = []
     with SourceFiles(LocalSource(directory)) as files, open(target, "r+b") as file:
-        run_copies([group], files, [file.fileno()], done.append)
+        Carrier(files, Into(file.fileno(), done), buffer).carry(group)
     assert sum(done) == group.nbytes == piece_bytes(piece, source)
     return target.read_bytes() == wanted
 

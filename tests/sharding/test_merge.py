@@ -22,7 +22,7 @@ from tightfit.errors import (
     UnsupportedModelError,
     VerificationError,
 )
-from tightfit.sharding import gather, stream
+from tightfit.sharding import carry, stream
 from tightfit.sharding.manifest import ORIGINALS
 from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.verify import verify
@@ -110,10 +110,11 @@ def test_small_buffers(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tiny_model("mixtral"), tmp_path / "out", 4)
-    monkeypatch.setattr(stream, "BUFFER_BYTES", 1000)
-    monkeypatch.setattr(gather, "BUFFER_BYTES", 1000)
-    monkeypatch.setattr(gather, "_MOST_BUFFERS", 3)
-    assert merged(tmp_path / "out", tmp_path / "back") == stored(tiny_model("mixtral"))
+    monkeypatch.setattr(stream, "_MOST_BUFFERS", 3)
+    for nbytes in (1000, 100, 10):
+        monkeypatch.setattr(carry, "BUFFER_BYTES", nbytes)
+        back = tmp_path / f"back-{nbytes}"
+        assert merged(tmp_path / "out", back) == stored(tiny_model("mixtral"))
 
 
 def test_what_is_written(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Rank files hold what an independent slicing of the whole tensors gives."""
 
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, LayoutError
 from tightfit.model.stored import stored_layout
-from tightfit.sharding import stream
+from tightfit.sharding import carry, stream
 from tightfit.sharding.shard import prepare, shard
 from tightfit.sharding.verify import verify
 
@@ -147,24 +146,11 @@ def test_nan_payloads_are_bytes_like_any_other(tiny_model: TinyModel, tmp_path: 
     assert report.ok
 
 
-def not_in_kernel(*_: object) -> int:
-    raise OSError(errno.EXDEV, "another file system")
-
-
-def test_without_the_kernel_the_same_bytes(
-    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_shards(tiny_model("llama_bias"), tmp_path / "in-kernel", 2)
-    monkeypatch.setattr(os, "copy_file_range", not_in_kernel)
-    write_shards(tiny_model("llama_bias"), tmp_path / "read-and-write", 2)
-    assert_same_files(tmp_path / "in-kernel", tmp_path / "read-and-write")
-
-
 def test_small_buffers_give_the_same_bytes(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tiny_model("qwen3_moe"), tmp_path / "one", 4)
-    monkeypatch.setattr(stream, "BUFFER_BYTES", 1000)
+    monkeypatch.setattr(carry, "BUFFER_BYTES", 1000)
     monkeypatch.setattr(stream, "_MOST_BUFFERS", 3)
     write_shards(tiny_model("qwen3_moe"), tmp_path / "other", 4)
     assert_same_files(tmp_path / "one", tmp_path / "other")
@@ -314,17 +300,15 @@ class During(NoProgress):
 
 
 @pytest.mark.parametrize("damage", ["touched", "truncated"])
-@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("buffer", [4096, 2**23])
 def test_source_changes_meanwhile(
     damage: str,
-    in_kernel: bool,
+    buffer: int,
     tiny_model: TinyModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not in_kernel:
-        monkeypatch.setattr(os, "copy_file_range", not_in_kernel)
-        monkeypatch.setattr(stream, "BUFFER_BYTES", 4096)
+    monkeypatch.setattr(carry, "BUFFER_BYTES", buffer)
     model, _ = copy_of(tiny_model("llama"), tmp_path / "model")
     path = model / "model.safetensors"
     action = {
@@ -339,5 +323,7 @@ def test_source_changes_meanwhile(
         shard(job, tmp_path / "out", During(action))
     changed = f"{model}: 'model.safetensors' changed while it was read"
     ended = "model.safetensors is truncated: byte "
-    assert e.value.message.startswith(changed if damage == "touched" else ended)
+    # Threads may have read all of it before.
+    known = (changed,) if damage == "touched" else (changed, ended)
+    assert e.value.message.startswith(known)
     assert not (tmp_path / "out").exists()

@@ -1,12 +1,10 @@
 """Rows that are put together from several tensors: the opposite of a cut along the inputs.
 
-Each rank holds a slice of every row. Blocks of whole rows are assembled in one buffer, into which
-the kernel scatters what it reads of each rank's slices, and written at once.
+Each rank holds a slice of every row.
 """
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -15,10 +13,7 @@ from tightfit.checkpoint.header import TensorInfo
 from tightfit.model.layout import Piece, RankTensor
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.parts import Part
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, ended_early, write_all
 from tightfit.units import dtype_bytes
-
-_MOST_BUFFERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,59 +66,6 @@ def plan(
 def copied_bytes(copies: Iterable[TensorCopies], gathers: Iterable[Gather]) -> int:
     """Bytes that a plan writes."""
     return sum(group.nbytes for group in copies) + sum(gather.nbytes for gather in gathers)
-
-
-def run_gather(
-    gather: Gather, files: SourceFiles, target: int, progress: Callable[[int], None]
-) -> None:
-    """Put the rows together; `target` is the descriptor of the part.
-
-    Raises:
-        CheckpointError: a source file ends before its header says so.
-        OSError: the target cannot be written.
-    """
-    width = gather.row_bytes
-    block = min(gather.rows, max(1, BUFFER_BYTES // width))
-    buffer = memoryview(bytearray(block * width))
-    gaps = sum(one.nbytes for one in gather.slices) < width
-    for first in range(0, gather.rows, block):
-        count = min(block, gather.rows - first)
-        at = gather.offset + first * width
-        if gaps:
-            buffer[: count * width] = os.pread(target, count * width, at)
-        for one in gather.slices:
-            _read(
-                one,
-                first,
-                files,
-                [
-                    buffer[start : start + one.nbytes]
-                    for start in range(one.column, one.column + count * width, width)
-                ],
-            )
-        write_all(target, [buffer[: count * width]], at)
-        progress(count * sum(one.nbytes for one in gather.slices))
-
-
-def _read(one: Slices, first: int, files: SourceFiles, into: Sequence[memoryview]) -> None:
-    start = one.offset + first * one.stride
-    fd = files.descriptor(one.file)
-    if fd is None or one.stride != one.nbytes:
-        data = files.read(one.file, start, start + (len(into) - 1) * one.stride + one.nbytes)
-        for i, view in enumerate(into):
-            view[:] = data[i * one.stride : i * one.stride + one.nbytes]
-        return
-    for i in range(0, len(into), _MOST_BUFFERS):
-        batch = list(into[i : i + _MOST_BUFFERS])
-        while batch:
-            got = os.preadv(fd, batch, start)
-            if got == 0:
-                raise ended_early(one.file, start)
-            start += got
-            while batch and got >= len(batch[0]):
-                got -= len(batch.pop(0))
-            if got:
-                batch[0] = batch[0][got:]
 
 
 def _same_depth(tensor: RankTensor) -> RankTensor:

@@ -1,9 +1,9 @@
 """Which tensors of the output are still to be written, and when each is complete."""
 
 from bisect import bisect_right
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
 from tightfit.sharding.gather import Gather
@@ -11,6 +11,22 @@ from tightfit.sharding.parts import Part, Placed
 
 Key = tuple[int, int]
 """Number of the part, and of the tensor in it."""
+
+
+Unit = TensorCopies | Gather
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """All that goes into some tensors, and into no others."""
+
+    units: tuple[Unit, ...]
+    keys: tuple[Key, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are written."""
+        return sum(unit.nbytes for unit in self.units)
 
 
 class Pending:
@@ -33,14 +49,9 @@ class Pending:
         }
         groups = [self._without_proven(group) for group in copies]
         self.copies = tuple(group for group in groups if group.nbytes)
-        self.gathers = tuple(
-            g for g in gathers if self._key(g.target, g.offset) not in self._proven
-        )
-        self._left: Counter[Key] = Counter()
-        for group in self.copies:
-            self._left.update(self._touched(group))
-        for gather in self.gathers:
-            self._left.update(self._touched(gather))
+        self.gathers = tuple(g for g in gathers if self.key(g.target, g.offset) not in self._proven)
+        units: list[Unit] = [*self.copies, *self.gathers]
+        self._filled = {key for unit in units for key in self._touched(unit)}
 
     @property
     def nbytes(self) -> int:
@@ -56,26 +67,53 @@ class Pending:
                 if (number, i) not in self._proven:
                     yield number, one
 
-    def without_source(self) -> Iterator[tuple[int, Placed]]:
+    def without_source(self) -> Iterator[Key]:
         """Those of them into which nothing is copied: constants, and nothing but padding."""
         for number, part in enumerate(self._parts):
-            for i, one in enumerate(part.placed):
-                if (number, i) not in self._proven and not self._left[number, i]:
-                    yield number, one
+            for i in range(len(part.placed)):
+                if (number, i) not in self._proven and (number, i) not in self._filled:
+                    yield number, i
 
-    def finish(self, unit: TensorCopies | Gather) -> Iterator[tuple[int, Placed]]:
-        """The tensors that are complete now that a unit of work is done."""
-        for number, i in self._touched(unit):
-            self._left[number, i] -= 1
-            if not self._left[number, i]:
-                yield number, self._parts[number].placed[i]
+    def placed(self, key: Key) -> Placed:
+        """The tensor itself."""
+        number, i = key
+        return self._parts[number].placed[i]
 
-    def _touched(self, unit: TensorCopies | Gather) -> set[Key]:
+    def tasks(self) -> tuple[Task, ...]:
+        """Work that is independent of all other, the largest first.
+
+        Within a task units are in the order in which they fill their tensors.
+        """
+        units: list[Unit] = [*self.copies, *self.gathers]
+        first: dict[Key, int] = {}
+        parent = list(range(len(units)))
+
+        def root(i: int) -> int:
+            while parent[i] != i:
+                parent[i] = i = parent[parent[i]]
+            return i
+
+        touched = [sorted(self._touched(unit)) for unit in units]
+        for i, keys in enumerate(touched):
+            for key in keys:
+                parent[root(i)] = root(first.setdefault(key, i))
+        found: defaultdict[int, list[int]] = defaultdict(list)
+        for i in range(len(units)):
+            found[root(i)].append(i)
+        tasks = []
+        for members in found.values():
+            members.sort(key=lambda i: _first_place(units[i]))
+            filled = dict.fromkeys(key for i in members for key in touched[i])
+            tasks.append(Task(units=tuple(units[i] for i in members), keys=tuple(filled)))
+        return tuple(sorted(tasks, key=lambda task: -task.nbytes))
+
+    def _touched(self, unit: Unit) -> set[Key]:
         if isinstance(unit, Gather):
-            return {self._key(unit.target, unit.offset)}
-        return {self._key(one.target, one.target_offset) for one in _members(unit)}
+            return {self.key(unit.target, unit.offset)}
+        return {self.key(one.target, one.target_offset) for one in _members(unit)}
 
-    def _key(self, target: int, offset: int) -> Key:
+    def key(self, target: int, offset: int) -> Key:
+        """The tensor that a place in a part belongs to."""
         return target, bisect_right(self._starts[target], offset) - 1
 
     def _without_proven(self, group: TensorCopies) -> TensorCopies:
@@ -83,7 +121,7 @@ class Pending:
             return group
 
         def left(one: Copy | Turn | Decay) -> bool:
-            return self._key(one.target, one.target_offset) not in self._proven
+            return self.key(one.target, one.target_offset) not in self._proven
 
         return replace(
             group,
@@ -91,6 +129,12 @@ class Pending:
             turns=tuple(filter(left, group.turns)),
             decays=tuple(filter(left, group.decays)),
         )
+
+
+def _first_place(unit: Unit) -> tuple[int, int]:
+    if isinstance(unit, Gather):
+        return unit.target, unit.offset
+    return min((one.target, one.target_offset) for one in _members(unit))
 
 
 def _members(group: TensorCopies) -> Iterator[Copy | Turn | Decay]:

@@ -22,12 +22,20 @@ class Progress(Protocol):
 def checksum(fd: int, offset: int, nbytes: int, advance: Callable[[int], None]) -> str:
     """The 128-bit XXH3 of a range of a file; of what is there, if the file is shorter."""
     digest = xxhash.xxh3_128()
+    hash_range(digest, fd, offset, nbytes, advance)
+    return digest.hexdigest()
+
+
+def hash_range(
+    digest: xxhash.xxh3_128, fd: int, offset: int, nbytes: int, advance: Callable[[int], None]
+) -> None:
+    """Hash a range of a file, or what is there of it."""
+    buffer = memoryview(bytearray(min(_BLOCK_BYTES, nbytes)))
     done = 0
     while done < nbytes:
-        data = os.pread(fd, min(_BLOCK_BYTES, nbytes - done), offset + done)
-        if not data:
+        got = os.preadv(fd, [buffer[: nbytes - done]], offset + done)
+        if not got:
             break
-        digest.update(data)
-        done += len(data)
-        advance(len(data))
-    return digest.hexdigest()
+        digest.update(buffer[:got])
+        done += got
+        advance(got)

@@ -3,6 +3,7 @@
 import os
 import resource
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,29 +12,39 @@ from tightfit.checkpoint.files import CONFIG
 from tightfit.checkpoint.writer import check_free_space
 from tightfit.model.pieces import element
 from tightfit.sharding.agreement import check_rank_files
-from tightfit.sharding.gather import run_gather
+from tightfit.sharding.executors import Executor
 from tightfit.sharding.job import Job
 from tightfit.sharding.job import ShardJob as ShardJob
 from tightfit.sharding.job import prepare as prepare
 from tightfit.sharding.journal import States
 from tightfit.sharding.manifest import Manifest, make_manifest
+from tightfit.sharding.one_pass import one_pass
 from tightfit.sharding.output import ShardOutput
 from tightfit.sharding.parts import Part, Placed
 from tightfit.sharding.pending import Pending
 from tightfit.sharding.progress import Progress as Progress
 from tightfit.sharding.progress import checksum as checksum
 from tightfit.sharding.side_files import config_text, side_files
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, run_copies, write_all
+from tightfit.sharding.spread import spread
+from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, write_all
 from tightfit.units import dtype_bytes
 
 Checksums = dict[tuple[str, str], str]
 
 
-def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = False) -> Manifest:
+def shard(
+    job: ShardJob,
+    directory: Path,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    executor: Executor | None = None,
+) -> Manifest:
     """Write the rank files, the side files and the manifest, all or nothing.
 
     Of a job with some of the ranks the directory is whole once all have come. With `resume` only
     what is missing in the directory is written, and what is there stays whatever happens.
+    An `executor` gets one task per part; without one, one pass over the source writes all parts.
 
     Returns:
         The manifest of the ranks that are there now.
@@ -42,6 +53,7 @@ def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = 
         OutputError: the directory holds something else, or cannot be written.
         CheckpointError: a source file is truncated, or changed meanwhile.
         VerificationError: the source is sharded itself, and damaged.
+        TaskLostError: workers of the executor died, again and again.
     """
     with (
         ShardOutput(directory, job, resume=resume) as output,
@@ -51,19 +63,25 @@ def shard(job: ShardJob, directory: Path, progress: Progress, *, resume: bool = 
             return output.whole
         if not output.ranks:
             return output.unite(manifest_for(job, output.proven))
-        checksums = write_parts(job, output, files, progress)
+        checksums = write_parts(job, output, files, progress, executor)
         _write_side_files(job, output)
         return output.commit(manifest_for(job, checksums))
 
 
-def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Progress) -> Checksums:
+def write_parts(
+    job: Job,
+    output: ShardOutput,
+    files: SourceFiles,
+    progress: Progress,
+    executor: Executor | None = None,
+) -> Checksums:
     """Write the parts of an entered output, all but what is proven to be there.
 
     Returns:
         The checksums of all tensors of the parts.
     """
     check_free_space(output.path, output.needed_bytes())
-    _allow_files(len(job.parts) + len(job.checkpoint.files))
+    _allow_files(2 * len(job.parts) + len(job.checkpoint.files))
     states = _states(job)
     for name in states:
         # Opened before anything is copied, so that every change from now on is seen.
@@ -72,6 +90,10 @@ def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Pro
         check_rank_files(job.cut_again, files, progress)
     checksums = dict(output.proven)
     noted = output.start(states)
+    if executor is not None:
+        checksums |= spread(job, output, noted, states, progress, executor)
+        files.check_unchanged()
+        return checksums
     opened = {part.name: output.open(part) for part in output.todo()}
     targets = [opened[p.name][0] if p.name in opened else -1 for p in job.parts]
     checksums |= _prove(job.parts, targets, noted, progress)
@@ -82,20 +104,12 @@ def write_parts(job: Job, output: ShardOutput, files: SourceFiles, progress: Pro
         _write_fill(one, targets[number], clear=opened[job.parts[number].name][1])
     progress.phase("copying", pending.nbytes)
 
-    def complete(finished: Iterable[tuple[int, Placed]]) -> None:
-        for number, one in finished:
-            part, name = job.parts[number], one.tensor.name
-            found = checksum(targets[number], one.offset, one.tensor.nbytes, progress.advance)
+    with closing(one_pass(pending, files, targets, progress)) as complete:
+        for (number, i), found in complete:
+            part = job.parts[number]
+            name = part.placed[i].tensor.name
             checksums[part.name, name] = found
             output.note(part, name, found)
-
-    complete(pending.without_source())
-    for group in pending.copies:
-        run_copies([group], files, targets, progress.advance)
-        complete(pending.finish(group))
-    for gather in pending.gathers:
-        run_gather(gather, files, targets[gather.target], progress.advance)
-        complete(pending.finish(gather))
     files.check_unchanged()
     return checksums
 
