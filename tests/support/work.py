@@ -6,6 +6,7 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.model.stored import DEFAULT_LAYOUT, stored_layout
 from tightfit.sharding.manifest import Manifest
+from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.shard import prepare, shard
 
 
@@ -15,6 +16,7 @@ def write_shards(
     tensor_parallel_size: int,
     *,
     pipeline_parallel_size: int = 1,
+    expert_parallel: bool = False,
     layout: str = DEFAULT_LAYOUT,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Manifest:
@@ -23,6 +25,14 @@ def write_shards(
         stored_layout(layout),
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        expert_parallel=expert_parallel,
         max_shard_bytes=max_shard_bytes,
     )
     return shard(job, out, NoProgress())
+
+
+def merge_shards(shards: Path, out: Path, *, max_shard_bytes: int = 5 * 10**9) -> int:
+    """Bytes of the merged checkpoint."""
+    job = prepare_merge(open_checkpoint(str(shards)), max_shard_bytes=max_shard_bytes)
+    merge(job, out, NoProgress())
+    return job.output_bytes

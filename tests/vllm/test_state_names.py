@@ -21,10 +21,17 @@ PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
 
 # Nothing of these is built by stages in vLLM, or only a model of more layers.
 WITHOUT_STAGES = ("glm4_moe", "glm4_moe_lite", "mamba2", "qwen3_moe")
-CASES = [
-    *((name, tp, 1) for name in (*NAMES, *SHARDED) for tp in (1, 2)),
-    *((name, 1, 2) for name in (*NAMES, *SHARDED) if name not in WITHOUT_STAGES),
-    ("llama_tied", 2, 2),
+WITH_EXPERTS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "granitemoe", "granitemoeshared", "olmoe",
+    "phimoe", "dots1", "gpt_oss", "llama4", "deepseek_v2", "deepseek_v3", "glm4_moe_lite",
+    "granitemoehybrid", "jamba", "qwen3_next",
+)  # fmt: skip
+Case = tuple[str, int, int, bool]
+CASES: list[Case] = [
+    *((name, tp, 1, False) for name in (*NAMES, *SHARDED) for tp in (1, 2)),
+    *((name, 1, 2, False) for name in (*NAMES, *SHARDED) if name not in WITHOUT_STAGES),
+    ("llama_tied", 2, 2, False),
+    *((name, 2, 1, True) for name in WITH_EXPERTS),
 ]
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 Answer = dict[str, Any]
@@ -39,10 +46,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def answers(
     models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, int, int], Answer]:
+) -> dict[Case, Answer]:
     """One vLLM process builds all models, without weights."""
     assert PYTHON, "TIGHTFIT_VLLM_PYTHON names the interpreter of a vLLM CPU environment"
-    jobs = [{"directory": str(models[name]), "tp": tp, "pp": pp} for name, tp, pp in CASES]
+    jobs = [
+        {"directory": str(models[name]), "tp": tp, "pp": pp, "ep": ep} for name, tp, pp, ep in CASES
+    ]
     path = tmp_path_factory.mktemp("jobs") / "jobs.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).with_name("state_jobs.py")
@@ -53,19 +62,21 @@ def answers(
     return dict(zip(CASES, found, strict=True))
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), CASES)
+@pytest.mark.parametrize(("name", "tp", "pp", "ep"), CASES)
 def test_names_shapes_and_dtypes(
-    answers: dict[tuple[str, int, int], Answer],
+    answers: dict[Case, Answer],
     models: dict[str, Path],
     name: str,
     tp: int,
     pp: int,
+    ep: bool,
 ) -> None:
-    answer = answers[name, tp, pp]
+    answer = answers[name, tp, pp, ep]
     assert "error" not in answer, answer["error"]
     spec = model_spec(open_checkpoint(str(models[name])).config)
     assert spec.verified_for_sharding
-    ranks = Parallel(tensor_parallel_size=tp, pipeline_parallel_size=pp).ranks()
+    parallel = Parallel(tensor_parallel_size=tp, pipeline_parallel_size=pp, expert_parallel=ep)
+    ranks = parallel.ranks()
     for rank, state in zip(ranks, answer["states"], strict=True):
         tensors = rank_tensors(spec, rank, stored_layout(DEFAULT_LAYOUT))
         assert len({t.name for t in tensors}) == len(tensors)

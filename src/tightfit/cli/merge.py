@@ -79,6 +79,7 @@ def _document(job: MergeJob, out: Path, dry_run: bool) -> dict[str, Any]:
         "layout": job.rank_files.layout,
         "tensor_parallel_size": job.rank_files.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.rank_files.parallel.pipeline_parallel_size,
+        "expert_parallel": job.rank_files.parallel.expert_parallel,
         "total_bytes": job.output_bytes,
         "not_returned": list(job.not_returned),
         "files": [

@@ -13,7 +13,7 @@ import typer
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.cli import options as o
 from tightfit.cli.output import console, guarded, print_json
-from tightfit.cli.shards import read_shards
+from tightfit.cli.shards import read_shards, require_runnable
 from tightfit.cli.shards import tensor_parallel_size as shard_size
 from tightfit.errors import ConfigError, ExitCode, MissingExtraError, TightfitError, UsageError
 from tightfit.model.spec import ModelSpec
@@ -104,6 +104,7 @@ def run(
     )
     shards = read_shards(model)
     if shards is not None:
+        require_runnable(shards, model)
         from tightfit.sharding.headers import require_headers
 
         require_headers(Path(model), shards)

@@ -7,7 +7,7 @@ import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli import options as o
-from tightfit.cli.options.layout import PipelineParallelSize
+from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, print_json, progress
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
@@ -23,6 +23,7 @@ def shard(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
     tensor_parallel_size: o.TensorParallelSize = 1,
     pipeline_parallel_size: PipelineParallelSize = None,
+    enable_expert_parallel: EnableExpertParallel = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -71,6 +72,7 @@ def shard(
         chosen,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=stages,
+        expert_parallel=bool(enable_expert_parallel),
         max_shard_bytes=size,
         ranks=None if ranks is None else parse_ranks(ranks),
     )
@@ -93,6 +95,7 @@ def _document(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...])
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
+        "expert_parallel": job.parallel.expert_parallel,
         "ranks": list(job.ranks),
         "missing_ranks": list(missing),
         "total_bytes": job.output_bytes,
@@ -134,4 +137,5 @@ def _show(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> 
         flags = "--load-format sharded_state"
         flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
         flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
+        flags += " --enable-expert-parallel" if job.parallel.expert_parallel else ""
         page.print(Text(f"next: vllm serve {out} {flags}"))

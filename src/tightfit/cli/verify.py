@@ -136,6 +136,8 @@ def _document(directory: Path, report: Report) -> dict[str, object]:
         "ok": report.ok,
         "layout": report.manifest.layout,
         "tensor_parallel_size": report.manifest.tensor_parallel_size,
+        "pipeline_parallel_size": report.manifest.pipeline_parallel_size,
+        "expert_parallel": report.manifest.expert_parallel,
         "tensors": report.tensors,
         "total_bytes": report.nbytes,
         "compared_with_source": report.compared_with_source,

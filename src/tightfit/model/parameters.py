@@ -96,7 +96,10 @@ def _try(spec: ModelSpec, parallel: Parallel) -> None:
     rank = Rank(parallel=parallel)
     for axis in axes(spec, experts=False):
         axis.span(rank)
-    if not parallel.expert_parallel:
+    if parallel.expert_parallel:
+        for count in {weight.experts for weight in loaded_parameters(spec) if weight.experts}:
+            rank.experts(count)
+    else:
         for axis in axes(spec, experts=True):
             axis.span(rank.for_experts())
     if not parallel.uneven:

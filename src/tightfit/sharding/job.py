@@ -11,7 +11,7 @@ from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError, LayoutError, UnsupportedModelError, UsageError
 from tightfit.model.aliases import require_own_names
 from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
-from tightfit.model.parameters import check_parallel
+from tightfit.model.parameters import check_parallel, parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import StoredLayout, rank_tensors
 from tightfit.model.stored.quantized import check_quantization
@@ -82,6 +82,7 @@ class ShardJob(Job):
             "layout": self.layout.name,
             "tensor_parallel_size": self.parallel.tensor_parallel_size,
             "pipeline_parallel_size": self.parallel.pipeline_parallel_size,
+            "expert_parallel": self.parallel.expert_parallel,
             "world_size": self.parallel.world_size,
             **super(ShardJob, self).identity,
         }
@@ -93,10 +94,13 @@ def prepare(
     *,
     tensor_parallel_size: int,
     pipeline_parallel_size: int = 1,
+    expert_parallel: bool = False,
     max_shard_bytes: int,
     ranks: Collection[int] | None = None,
 ) -> ShardJob:
     """Decide what goes where; `ranks` are those to write, or all.
+
+    With `expert_parallel` ranks have whole experts, as vLLM deals them out: linearly.
 
     Raises:
         CheckpointError: the source lacks weights, or they are not what config.json says.
@@ -120,12 +124,15 @@ def prepare(
     parallel = Parallel(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        expert_parallel=expert_parallel and tensor_parallel_size > 1,
         uneven=layout.uneven,
     )
+    if expert_parallel:
+        _check_experts(spec, layout)
     try:
         check_parallel(spec, parallel)
     except LayoutError as error:
-        if spec.quantization is not None:
+        if spec.quantization is not None or parallel.expert_parallel:
             raise
         # This raises by itself if our own runtime cannot do it either.
         check_parallel(spec, replace(parallel, uneven=True))
@@ -178,6 +185,19 @@ def prepare(
         ),
         left_out=left_out,
     )
+
+
+def _check_experts(spec: ModelSpec, layout: StoredLayout) -> None:
+    if not any(weight.experts for weight in parameters(spec)):
+        raise UsageError(
+            f"{spec.architecture} has no experts to deal out",
+            hint="leave out --enable-expert-parallel",
+        )
+    if layout.name == "builtin":
+        raise UsageError(
+            "the built-in runtime gives every rank a slice of each expert",
+            hint="leave out --enable-expert-parallel, or choose a layout of vLLM",
+        )
 
 
 def _chosen(ranks: Collection[int] | None, parallel: Parallel) -> tuple[Rank, ...]:

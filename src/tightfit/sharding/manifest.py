@@ -77,6 +77,7 @@ class Manifest:
     architecture: str
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    expert_parallel: bool = False
     source_name: str
     source_fingerprint: str
     files: tuple[StoredFile, ...]
@@ -86,6 +87,15 @@ class Manifest:
     def rank_files(self, rank: int) -> tuple[StoredFile, ...]:
         """The parts of one rank, which an engine loads."""
         return tuple(f for f in self.files if f.rank == rank and f.name != ORIGINALS)
+
+    def parallel(self, *, uneven: bool) -> Parallel:
+        """What the files were cut for; whether shares may be `uneven` is for the layout to say."""
+        return Parallel(
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
+            expert_parallel=self.expert_parallel,
+            uneven=uneven,
+        )
 
     @property
     def missing_ranks(self) -> tuple[int, ...]:
@@ -111,6 +121,7 @@ class Manifest:
             "architecture": self.architecture,
             "tensor_parallel_size": self.tensor_parallel_size,
             "pipeline_parallel_size": self.pipeline_parallel_size,
+            "expert_parallel": self.expert_parallel,
             "source": {
                 "name": self.source_name,
                 "fingerprint": self.source_fingerprint,
@@ -167,6 +178,7 @@ def make_manifest(
         architecture=architecture,
         tensor_parallel_size=parallel.tensor_parallel_size,
         pipeline_parallel_size=parallel.pipeline_parallel_size,
+        expert_parallel=parallel.expert_parallel,
         source_name=source_name,
         source_fingerprint=source_fingerprint,
         files=files,
@@ -252,6 +264,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         architecture=_text(document["architecture"]),
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        expert_parallel=_flag(document.get("expert_parallel", False)),
         source_name=_text(document["source"]["name"]),
         source_fingerprint=_text(document["source"]["fingerprint"]),
         files=files,
@@ -304,6 +317,10 @@ def _change(values: list[Any]) -> dict[str, Any]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else _wrong(value)
+
+
+def _flag(value: Any) -> bool:
+    return value if type(value) is bool else _wrong(value)
 
 
 def _size(value: Any) -> int:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 from typing import NoReturn
 
@@ -138,11 +139,8 @@ def _by_manifest(checkpoint: Checkpoint, source: LocalSource, manifest: Manifest
             for piece in tensor.pieces:
                 _check_piece(piece, info)
                 held[piece.source].append(Held(tensor=info, piece=piece))
-    parallel = Parallel(
-        tensor_parallel_size=manifest.tensor_parallel_size,
-        pipeline_parallel_size=manifest.pipeline_parallel_size,
-        uneven=manifest.layout in LAYOUTS and LAYOUTS[manifest.layout].uneven,
-    )
+    layout = LAYOUTS.get(manifest.layout)
+    parallel = manifest.parallel(uneven=layout is not None and layout.uneven)
     return _assembled(checkpoint, manifest, manifest.layout, parallel, files, held)
 
 
@@ -160,9 +158,12 @@ def _by_layout(
             hint=_AGAIN,
         )
     why: list[str] = []
-    for layout in LAYOUTS.values():
+    for layout, expert_parallel in product(LAYOUTS.values(), (False, True)):
         parallel = Parallel(
-            tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, uneven=layout.uneven
+            tensor_parallel_size=tp_size,
+            pipeline_parallel_size=pp_size,
+            expert_parallel=expert_parallel,
+            uneven=layout.uneven,
         )
         held: defaultdict[str, list[Held]] = defaultdict(list)
         try:

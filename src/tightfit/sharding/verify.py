@@ -10,7 +10,6 @@ from tightfit.checkpoint.files import MANIFEST, find_weights
 from tightfit.checkpoint.source import LocalSource
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
-from tightfit.model.layout import Parallel
 from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.sharding.content import damages, differences
 from tightfit.sharding.headers import file_problems, stray_files
@@ -118,11 +117,7 @@ def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -
     try:
         spec = model_spec(config)
         layout = stored_layout(manifest.layout)
-        parallel = Parallel(
-            tensor_parallel_size=manifest.tensor_parallel_size,
-            pipeline_parallel_size=manifest.pipeline_parallel_size,
-            uneven=layout.uneven,
-        )
+        parallel = manifest.parallel(uneven=layout.uneven)
         shapes = {
             piece.source: piece.source_shape
             for file in manifest.files

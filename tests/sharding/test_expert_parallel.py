@@ -1,0 +1,133 @@
+"""Ranks with whole experts: which ones, the way back, and who can serve them.
+
+Names and shapes are held against vLLM itself in `tests/vllm`.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from support.slicing import read_rank
+from support.work import merge_shards, write_shards
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.cli.output import NoProgress
+from tightfit.cli.shards import require_runnable
+from tightfit.errors import LayoutError, UnsupportedModelError, UsageError
+from tightfit.sharding.manifest import read_manifest
+from tightfit.sharding.rank_files import open_rank_files
+from tightfit.sharding.verify import verify
+
+TinyModel = Callable[[str], Path]
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "granitemoe", "qwen2_moe")
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    names = ("*.safetensors", "tightfit-manifest.json")
+    return {p.name: p.read_bytes() for name in names for p in directory.glob(name)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_across_and_back(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    for size in (2, 4):
+        out = tmp_path / f"ep{size}"
+        manifest = write_shards(model, out, size, expert_parallel=True)
+        assert manifest.expert_parallel
+        source = open_checkpoint(str(model))
+        report = verify(out, open_checkpoint(str(out)).config, NoProgress(), source)
+        assert report.problems == ()
+    assert merge_shards(tmp_path / "ep4", tmp_path / "back") == merge_shards(
+        tmp_path / "ep2", tmp_path / "back2"
+    )
+    whole = load_file(model / "model.safetensors")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert whole.keys() == back.keys()
+    assert all(torch.equal(whole[key], back[key]) for key in whole)
+    # By width, with whole experts, and by width again: as if each was cut from the model itself.
+    write_shards(model, tmp_path / "tp2", 2)
+    write_shards(tmp_path / "ep4", tmp_path / "tp2-again", 2)
+    write_shards(tmp_path / "tp2", tmp_path / "ep4-again", 4, expert_parallel=True)
+    assert bytes_of(tmp_path / "tp2") == bytes_of(tmp_path / "tp2-again")
+    assert bytes_of(tmp_path / "ep4") == bytes_of(tmp_path / "ep4-again")
+
+
+def test_whole_experts_in_order(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Four experts on three ranks: vLLM gives the remainder to the first."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    config = MixtralConfig(
+        vocab_size=192,
+        hidden_size=96,
+        intermediate_size=50,
+        num_hidden_layers=1,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        num_local_experts=4,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    write_shards(tmp_path / "model", tmp_path / "out", 3, expert_parallel=True)
+    source = load_file(tmp_path / "model/model.safetensors")
+    at = "model.layers.0.block_sparse_moe.experts."
+    w13 = torch.stack(
+        [torch.cat([source[f"{at}{e}.w1.weight"], source[f"{at}{e}.w3.weight"]]) for e in range(4)]
+    )
+    ranks = [read_rank(tmp_path / "out", rank) for rank in range(3)]
+    for found, experts in zip(ranks, ([0, 1], [2], [3]), strict=True):
+        assert torch.equal(found[f"{at}routed_experts.w13_weight"], w13[experts])
+    with pytest.raises(LayoutError) as e:
+        write_shards(tmp_path / "model", tmp_path / "six", 6, expert_parallel=True)
+    assert e.value.hint == "tensor parallel sizes that work: 1, 3"
+
+
+def test_without_a_manifest(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Shapes say that experts are whole."""
+    model = tiny_model("qwen3_moe")
+    write_shards(model, tmp_path / "out", 2, expert_parallel=True)
+    (tmp_path / "out/tightfit-manifest.json").unlink()
+    found = open_rank_files(open_checkpoint(str(tmp_path / "out")))
+    assert found.parallel.expert_parallel
+    merge_shards(tmp_path / "out", tmp_path / "back")
+    whole = load_file(model / "model.safetensors")
+    back = load_file(tmp_path / "back/model.safetensors")
+    assert all(torch.equal(whole[key], back[key]) for key in whole)
+
+
+def test_refusals(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="LlamaForCausalLM has no experts"):
+        write_shards(tiny_model("llama"), tmp_path / "out", 2, expert_parallel=True)
+    model = tiny_model("mixtral")
+    with pytest.raises(UsageError, match="the built-in runtime gives every rank a slice"):
+        write_shards(model, tmp_path / "out", 2, expert_parallel=True, layout="builtin")
+    assert not (tmp_path / "out").exists()
+    one = write_shards(model, tmp_path / "one", 1, expert_parallel=True)
+    assert not one.expert_parallel
+
+
+def test_the_runtime_says_who_serves_them(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, out = tiny_model("mixtral"), tmp_path / "out"
+    with pytest.raises(UnsupportedModelError) as e:
+        require_runnable(write_shards(model, out, 2, expert_parallel=True), "OUT")
+    assert "whole experts" in e.value.message
+    assert "`tightfit shard OUT OUT2 --tensor-parallel-size 2`" in (e.value.hint or "")
+    assert "--enable-expert-parallel" in (e.value.hint or "")
+    stages = write_shards(model, tmp_path / "stages", 1, pipeline_parallel_size=2)
+    with pytest.raises(UnsupportedModelError) as e:
+        require_runnable(stages, "OUT")
+    assert e.value.message.startswith("OUT was cut into 2 pipeline stages")
+    assert "--pipeline-parallel-size 2" in (e.value.hint or "")
+    require_runnable(write_shards(model, tmp_path / "plain", 2), "OUT")
+
+
+def test_manifests_of_before(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """They do not speak of experts."""
+    write_shards(tiny_model("mixtral"), tmp_path / "out", 2)
+    path = tmp_path / "out/tightfit-manifest.json"
+    document = json.loads(path.read_bytes())
+    del document["expert_parallel"]
+    path.write_text(json.dumps(document))
+    assert not read_manifest(tmp_path / "out").expert_parallel
