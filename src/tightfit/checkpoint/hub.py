@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.checkpoint.files import find_weights
-from tightfit.checkpoint.source import LocalSource, safe_name
+from tightfit.checkpoint.source import LocalSource, by_ranges, safe_name
 from tightfit.errors import CheckpointError, ConfigError, TightfitError
 
 _TIMEOUT_SECONDS = 15.0
+_ATTEMPTS = 3
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _NEVER = (".bin", ".pt", ".pth", ".py", ".gguf", ".safetensors")
 
@@ -69,7 +70,9 @@ class HubSource:
                 local = hf_hub_download(self._repo_id, path, revision=self._revision)
                 return Path(local).read_bytes()[start:stop]
         stop = self.size(path) if stop is None else min(stop, self.size(path))
-        return self._read_range(path, start, stop) if start < stop else b""
+        if start >= stop:
+            return b""
+        return by_ranges(lambda a, b: self._read_range(path, a, b), start, stop)
 
     def files(self) -> list[str]:
         """Names of the files at the top level, sorted."""
@@ -84,23 +87,33 @@ class HubSource:
         return [self.size(path), self._commit]
 
     def _read_range(self, path: str, start: int, stop: int) -> bytes:
-        with _errors(self._repo_id, self._revision):
-            from huggingface_hub import hf_hub_url
+        from tightfit.checkpoint.store import retrying
 
-            utils = _hub_utils()
-            url = hf_hub_url(self._repo_id, path, revision=self._commit)
-            headers = utils.build_hf_headers(library_name="tightfit")
-            # Compressed, the range would be of the compressed bytes.
-            headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-            with _stream(url, headers) as response:
-                utils.hf_raise_for_status(response)
-                # A proxy that ignores ranges would send the whole weight file.
-                if response.status_code != 206 and (start > 0 or stop < self.size(path)):
-                    raise CheckpointError(
-                        f"{url} ignores byte ranges (status {response.status_code})",
-                        hint="check HF_ENDPOINT and your proxy, or download the model first",
-                    )
-                data: bytes = response.read() if hasattr(response, "read") else response.content
+        with _errors(self._repo_id, self._revision):
+            # The backoff below knows of answers, and nothing of bodies that break off.
+            return retrying(lambda: self._fetch(path, start, stop), attempts=_ATTEMPTS)
+
+    def _fetch(self, path: str, start: int, stop: int) -> bytes:
+        from huggingface_hub import hf_hub_url
+
+        from tightfit.checkpoint.store import ShortReadError
+
+        utils = _hub_utils()
+        url = hf_hub_url(self._repo_id, path, revision=self._commit)
+        headers = utils.build_hf_headers(library_name="tightfit")
+        # Compressed, the range would be of the compressed bytes.
+        headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        with _stream(url, headers) as response:
+            utils.hf_raise_for_status(response)
+            # A proxy that ignores ranges would send the whole weight file.
+            if response.status_code != 206 and (start > 0 or stop < self.size(path)):
+                raise CheckpointError(
+                    f"{url} ignores byte ranges (status {response.status_code})",
+                    hint="check HF_ENDPOINT and your proxy, or download the model first",
+                )
+            data: bytes = response.read() if hasattr(response, "read") else response.content
+        if len(data) < stop - start:
+            raise ShortReadError(f"{len(data)} of {stop - start} bytes came")
         return data
 
 

@@ -7,7 +7,7 @@ by every source, and a local one also refuses symlinks that lead out of it.
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from tightfit.errors import CheckpointError, ConfigError, TightfitError
 
+_LOCAL = ("file://", "local://")
 _RANGE_BYTES = 2**21
 _AT_A_TIME = 8
-"""Long reads are split into so many requests: one connection alone is slow."""
 
 _STATE_KEYS = (
     *("ETag", "etag", "md5Hash", "content_md5", "crc32c", "generation", "mtime"),
@@ -55,6 +55,28 @@ class Source(Protocol):
     def state(self, path: str) -> list[int | str]:
         """What changes when somebody writes the file anew."""
         ...
+
+
+def is_remote(place: str) -> bool:
+    """Whether a user means a place that only fsspec can open."""
+    return "://" in place and not place.startswith(_LOCAL)
+
+
+def local_path_of(place: str) -> Path:
+    """The path of a place that is not remote, however it is spelled."""
+    for prefix in _LOCAL:
+        place = place.removeprefix(prefix)
+    return Path(place)
+
+
+def open_source(place: str) -> Source:
+    """A directory, local or distant.
+
+    Raises:
+        ConfigError: there is no such directory, or it cannot be reached.
+        MissingExtraError: the protocol needs s3fs.
+    """
+    return FsspecSource(place) if is_remote(place) else LocalSource(local_path_of(place), place)
 
 
 def safe_name(name: str, where: str) -> str:
@@ -203,13 +225,9 @@ class FsspecSource:
         if start == stop:
             return b""
         name = self._join(path)
-        if stop is None or stop - start < 2 * _RANGE_BYTES:
+        if stop is None:
             return self._range(path, name, start, stop)
-        from concurrent.futures import ThreadPoolExecutor
-
-        ranges = [(at, min(at + _RANGE_BYTES, stop)) for at in range(start, stop, _RANGE_BYTES)]
-        with ThreadPoolExecutor(max_workers=min(len(ranges), _AT_A_TIME)) as pool:
-            return b"".join(pool.map(lambda r: self._range(path, name, *r), ranges))
+        return by_ranges(lambda a, b: self._range(path, name, a, b), start, stop)
 
     def files(self) -> list[str]:
         """Names of the files at the top level, sorted; none where a web server lists none."""
@@ -349,6 +367,17 @@ class FsspecSource:
                 f"cannot read {path!r} in {self.label}: {trouble.reason}{tried}",
                 hint=trouble.hint,
             ) from e
+
+
+def by_ranges(fetch: Callable[[int, int], bytes], start: int, stop: int) -> bytes:
+    """A long read as several at the same time: one connection alone is slow."""
+    if stop - start < 2 * _RANGE_BYTES:
+        return fetch(start, stop)
+    from concurrent.futures import ThreadPoolExecutor
+
+    ranges = [(at, min(at + _RANGE_BYTES, stop)) for at in range(start, stop, _RANGE_BYTES)]
+    with ThreadPoolExecutor(max_workers=min(len(ranges), _AT_A_TIME)) as pool:
+        return b"".join(pool.map(lambda one: fetch(*one), ranges))
 
 
 async def _http_range(fs: Any, url: str, start: int, stop: int | None) -> bytes:

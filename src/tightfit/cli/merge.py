@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
 from tightfit.errors import ConfigError, UsageError
@@ -17,10 +18,10 @@ from tightfit.units import MiB, format_bytes, parse_bytes
 @guarded
 def merge(
     directory: Annotated[
-        Path,
+        str,
         typer.Argument(
             metavar="DIR",
-            help="Output of `tightfit shard`, or of vLLM's own script.",
+            help="Output of `tightfit shard`, or its URL, or of vLLM's own script.",
             show_default=False,
         ),
     ],
@@ -45,9 +46,9 @@ def merge(
     size = parse_bytes(max_shard_size)
     if size < MiB:
         raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
-    if not directory.is_dir():
+    if not is_remote(directory) and not local_path_of(directory).is_dir():
         raise ConfigError(f"there is no directory {directory}", hint="check the path")
-    job = prepare_merge(open_checkpoint(str(directory)), max_shard_bytes=size)
+    job = prepare_merge(open_checkpoint(directory), max_shard_bytes=size)
     if not dry_run:
         with progress(quiet=quiet) as bars:
             write(job, out, bars, resume=resume)

@@ -1,14 +1,14 @@
 """`tightfit verify`: is a sharded checkpoint whole, and is it what its source holds?"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoint.source import is_remote, local_path_of, open_source
 from tightfit.cli import options as o
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
-from tightfit.errors import CheckpointError, ConfigError, ExitCode, UsageError, VerificationError
+from tightfit.errors import CheckpointError, ExitCode, UsageError, VerificationError
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.verify import Report, check_tensor_parallel_size, require_manifest
 from tightfit.sharding.verify import verify as check
@@ -21,7 +21,10 @@ _LOADING = "Loading"
 @guarded
 def verify(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Output of `tightfit shard`.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="DIR", help="Output of `tightfit shard`, or its URL.", show_default=False
+        ),
     ],
     against: Annotated[
         str | None,
@@ -68,23 +71,26 @@ def verify(
     """
     if load not in (None, "vllm"):
         raise UsageError(f"unknown engine {load!r}", hint="--load vllm")
+    if load is not None and is_remote(directory):
+        raise UsageError(
+            f"--load {load} needs the files of {directory} here", hint="download them first"
+        )
     if not load_timeout > 0:
         raise UsageError(f"--load-timeout {load_timeout} is out of range", hint="seconds")
-    if not directory.is_dir():
-        raise ConfigError(f"there is no directory {directory}", hint="check the path")
-    require_manifest(directory)
-    manifest = read_manifest(directory)
-    check_tensor_parallel_size(manifest, tensor_parallel_size, str(directory))
-    config = open_checkpoint(str(directory)).config
+    place = open_source(directory)
+    require_manifest(place)
+    manifest = read_manifest(place)
+    check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
+    config = open_checkpoint(directory).config
     source = None if against is None else _open_source(against)
     with progress(quiet=quiet) as bars:
-        report = check(directory, config, bars, source)
+        report = check(place, config, bars, source)
     loaded: Loaded | None = None
     failure: VerificationError | None = None
     if load is not None and report.ok:
         try:
             loaded = load_in_vllm(
-                directory,
+                local_path_of(directory),
                 manifest,
                 python=python,
                 timeout_seconds=load_timeout,
@@ -129,10 +135,10 @@ def _said(loaded: Loaded) -> str:
     )
 
 
-def _document(directory: Path, report: Report) -> dict[str, object]:
+def _document(directory: str, report: Report) -> dict[str, object]:
     return {
         "schema": 1,
-        "directory": str(directory),
+        "directory": directory,
         "ok": report.ok,
         "layout": report.manifest.layout,
         "tensor_parallel_size": report.manifest.tensor_parallel_size,
@@ -145,7 +151,7 @@ def _document(directory: Path, report: Report) -> dict[str, object]:
     }
 
 
-def _show(directory: Path, report: Report, *, asked_to_load: bool) -> None:
+def _show(directory: str, report: Report, *, asked_to_load: bool) -> None:
     for problem in report.problems:
         print(f"problem: {one_line(problem)}")
     manifest = report.manifest

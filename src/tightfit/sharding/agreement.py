@@ -4,14 +4,16 @@ Their bytes have to be those that the manifest vouches for, and what several ran
 the same everywhere.
 """
 
+from functools import partial
+
 from tightfit.errors import VerificationError
 from tightfit.model.layout import Piece
 from tightfit.sharding.boxes import Replica, key, place
 from tightfit.sharding.compare import same
-from tightfit.sharding.content import in_threads, in_turn
+from tightfit.sharding.content import checksum_in, in_threads, in_turn
 from tightfit.sharding.copies import copies
 from tightfit.sharding.manifest import StoredTensor
-from tightfit.sharding.progress import Progress, checksum
+from tightfit.sharding.progress import Progress
 from tightfit.sharding.rank_files import RankFiles
 from tightfit.sharding.stream import SourceFiles
 
@@ -25,14 +27,14 @@ def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -
     held = ranks.manifest.files if ranks.manifest is not None else ()
     tensors = [(file.name, tensor) for file in held for tensor in file.tensors]
     progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
-    descriptors = {file.name: files.descriptor(file.name) for file in held}
+    for file in held:
+        # Once, before several threads ask for it.
+        files.descriptor(file.name)
     advance = in_turn(progress.advance)
 
     def good(one: tuple[str, StoredTensor]) -> bool:
         name, tensor = one
-        fd = descriptors[name]
-        assert fd is not None
-        return checksum(fd, tensor.offset, tensor.nbytes, advance) == tensor.xxh3
+        return checksum_in(files, name, tensor.offset, tensor.nbytes, advance) == tensor.xxh3
 
     for (name, tensor), whole in zip(tensors, in_threads(good, tensors), strict=True):
         if not whole:
@@ -68,7 +70,6 @@ def _agree(replica: Replica, files: SourceFiles) -> bool:
         at=at,
         transposed=turned,
     )
-    fd = files.descriptor(owner.tensor.file)
-    assert fd is not None
+    read = partial(files.read, owner.tensor.file)
     planned = copies(piece, copy.tensor, target_shape, target=0, target_offset=owner.tensor.offset)
-    return all(same(fd, one, copy.tensor.file, files) for one in planned)
+    return all(same(read, one, copy.tensor.file, files) for one in planned)

@@ -3,9 +3,9 @@
 Every copy is planned again as for writing; what no copy covers has to be `fill`.
 """
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.model.pieces import element
@@ -15,11 +15,14 @@ from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, turned
 from tightfit.units import dtype_bytes
 
+Read = Callable[[int, int], bytes]
+"""Gives the bytes of the file that is checked, from one place to another."""
+
 
 def equal(
-    fd: int, tensor: StoredTensor, sources: Mapping[str, TensorInfo], files: SourceFiles
+    read: Read, tensor: StoredTensor, sources: Mapping[str, TensorInfo], files: SourceFiles
 ) -> bool:
-    """Compare a tensor of the open file with its sources, in blocks of a few megabytes."""
+    """Compare a tensor of a file with its sources, in blocks of a few megabytes."""
     planned: list[Copy | Turn | Decay] = []
     for piece in tensor.pieces:
         info = sources[piece.source]
@@ -30,21 +33,19 @@ def equal(
             return False
         found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
         for copy in found:
-            if not same(fd, copy, info.file, files):
+            if not same(read, copy, info.file, files):
                 return False
             planned.append(copy)
-    return _filled(fd, tensor, planned)
+    return _filled(read, tensor, planned)
 
 
-def same(fd: int, copy: Copy | Turn | Decay, file: str, files: SourceFiles) -> bool:
-    """Whether the open file already holds what a copy from a source file would write there."""
-    return all(map(_Compared(fd, file, files), _blocks(copy)))
+def same(read: Read, copy: Copy | Turn | Decay, file: str, files: SourceFiles) -> bool:
+    """Whether a file already holds what a copy from a source file would write there."""
+    return all(map(_Compared(read, file, files), _blocks(copy)))
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo, files: SourceFiles) -> bool:
-    """Whether two tensors of local files hold the same."""
-    fd = files.descriptor(one.file)
-    assert fd is not None
+    """Whether two tensors hold the same."""
     copy = Copy(
         source_offset=other.offset,
         source_stride=other.nbytes,
@@ -53,34 +54,39 @@ def same_bytes(one: TensorInfo, other: TensorInfo, files: SourceFiles) -> bool:
         rows=1,
         row_bytes=other.nbytes,
     )
-    return one.nbytes == other.nbytes and same(fd, copy, other.file, files)
+    return one.nbytes == other.nbytes and same(
+        partial(files.read, one.file), copy, other.file, files
+    )
 
 
 class _Compared:
     """Compares one block of a copy."""
 
-    def __init__(self, fd: int, file: str, files: SourceFiles) -> None:
-        self.fd, self.file, self.files = fd, file, files
+    def __init__(self, read: Read, file: str, files: SourceFiles) -> None:
+        self.read, self.file, self.files = read, file, files
 
     def __call__(self, copy: Copy | Turn | Decay) -> bool:
         if isinstance(copy, Decay):
             start = copy.source_offset
             data = self.files.read(self.file, start, start + copy.rows * dtype_bytes(copy.dtype))
-            wanted = decay_rates(data, copy.dtype)
-            return os.pread(self.fd, copy.nbytes, copy.target_offset) == wanted
+            return self._holds(copy.target_offset, decay_rates(data, copy.dtype))
         stride, start = copy.source_stride, copy.source_offset
         end = start + (copy.rows - 1) * stride + copy.row_bytes
         data = self.files.read(self.file, start, end)
         if isinstance(copy, Copy):
             rows = (data[i * stride : i * stride + copy.row_bytes] for i in range(copy.rows))
             wanted = data if copy.rows == 1 else b"".join(rows)
-            return os.pread(self.fd, copy.nbytes, copy.target_offset) == wanted
+            return self._holds(copy.target_offset, wanted)
         lines, width = bytes(turned(data, copy, copy.rows, 0)), copy.rows * copy.item_bytes
         return all(
-            os.pread(self.fd, width, copy.target_offset + i * copy.target_stride)
-            == lines[i * width : (i + 1) * width]
+            self._holds(
+                copy.target_offset + i * copy.target_stride, lines[i * width : (i + 1) * width]
+            )
             for i in range(len(lines) // width)
         )
+
+    def _holds(self, at: int, wanted: bytes) -> bool:
+        return self.read(at, at + len(wanted)) == wanted
 
 
 def _blocks(copy: Copy | Turn | Decay) -> Iterator[Copy | Turn | Decay]:
@@ -115,7 +121,7 @@ def _blocks(copy: Copy | Turn | Decay) -> Iterator[Copy | Turn | Decay]:
         yield replace(copy, source_offset=source, target_offset=target, rows=rows)
 
 
-def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn | Decay]) -> bool:
+def _filled(read: Read, tensor: StoredTensor, planned: list[Copy | Turn | Decay]) -> bool:
     """Whether the bytes between the copies are `fill`, and the copies do not overlap."""
     covered = sorted(span for copy in planned for span in _spans(copy))
     fill = element(tensor.fill, tensor.dtype) if tensor.fill else b"\0"
@@ -125,7 +131,7 @@ def _filled(fd: int, tensor: StoredTensor, planned: list[Copy | Turn | Decay]) -
             return False
         while at < first:
             size = min(BUFFER_BYTES, first - at)
-            if os.pread(fd, size, at) != fill * (size // len(fill)):
+            if read(at, at + size) != fill * (size // len(fill)):
                 return False
             at += size
         at = last

@@ -6,17 +6,19 @@ Several tensors are read at once: the kernel copies and xxhash computes without 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 from threading import Lock
 from typing import TypeVar
 
+import xxhash
+
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.checkpoint.source import Source
 from tightfit.sharding.compare import equal
 from tightfit.sharding.manifest import StoredFile, StoredTensor
 from tightfit.sharding.progress import Progress, checksum
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,23 +43,23 @@ def in_turn(advance: Callable[[int], None]) -> Callable[[int], None]:
     return one_by_one
 
 
-def damages(directory: Path, files: Iterable[StoredFile], progress: Progress) -> Iterator[str]:
+def damages(place: Source, files: Iterable[StoredFile], progress: Progress) -> Iterator[str]:
     """Tensors that are not what their checksums say."""
     files = tuple(files)
     progress.phase("checksums", _total(files))
     advance = in_turn(progress.advance)
 
-    def damage(one: tuple[int, StoredFile, StoredTensor]) -> str | None:
-        fd, file, tensor = one
-        if checksum(fd, tensor.offset, tensor.nbytes, advance) == tensor.xxh3:
+    def damage(there: SourceFiles, file: StoredFile, tensor: StoredTensor) -> str | None:
+        found = checksum_in(there, file.name, tensor.offset, tensor.nbytes, advance)
+        if found == tensor.xxh3:
             return None
         return f"{file.name}: {tensor.name!r} is damaged (its checksum differs)"
 
-    yield from _each_tensor(directory, files, damage)
+    yield from _each_tensor(place, files, damage)
 
 
 def differences(
-    directory: Path, files: Iterable[StoredFile], source: Checkpoint, progress: Progress
+    place: Source, files: Iterable[StoredFile], source: Checkpoint, progress: Progress
 ) -> Iterator[str]:
     """Tensors that are not made of the source's, byte by byte."""
     files, tensors = tuple(files), source.tensors()
@@ -68,29 +70,44 @@ def differences(
             # Once, before several threads ask for it.
             source_files.descriptor(name)
 
-        def difference(one: tuple[int, StoredFile, StoredTensor]) -> str | None:
-            fd, file, tensor = one
+        def difference(there: SourceFiles, file: StoredFile, tensor: StoredTensor) -> str | None:
             missing = [p.source for p in tensor.pieces if p.source not in tensors]
-            same = not missing and equal(fd, tensor, tensors, source_files)
+            same = not missing and equal(
+                partial(there.read, file.name), tensor, tensors, source_files
+            )
             advance(tensor.nbytes)
             if missing:
                 return f"{source.name} lacks {missing[0]!r}, from which {tensor.name!r} was made"
             return None if same else f"{file.name}: {tensor.name!r} differs from {source.name}"
 
-        yield from _each_tensor(directory, files, difference)
+        yield from _each_tensor(place, files, difference)
 
 
 def _each_tensor(
-    directory: Path,
+    place: Source,
     files: Iterable[StoredFile],
-    check: Callable[[tuple[int, StoredFile, StoredTensor]], str | None],
+    check: Callable[[SourceFiles, StoredFile, StoredTensor], str | None],
 ) -> Iterator[str]:
-    with ExitStack() as stack:
-        items = []
+    with SourceFiles(place) as there:
         for file in files:
-            fd = stack.enter_context(open(directory / file.name, "rb")).fileno()
-            items += [(fd, file, tensor) for tensor in file.tensors]
-        yield from filter(None, in_threads(check, items))
+            there.descriptor(file.name)
+        items = [(file, tensor) for file in files for tensor in file.tensors]
+        yield from filter(None, in_threads(lambda one: check(there, *one), items))
+
+
+def checksum_in(
+    files: SourceFiles, name: str, offset: int, nbytes: int, advance: Callable[[int], None]
+) -> str:
+    """The 128-bit XXH3 of a range of a file, local or distant."""
+    fd = files.descriptor(name)
+    if fd is not None:
+        return checksum(fd, offset, nbytes, advance)
+    digest = xxhash.xxh3_128()
+    for at in range(offset, offset + nbytes, BUFFER_BYTES):
+        data = files.read(name, at, min(at + BUFFER_BYTES, offset + nbytes))
+        digest.update(data)
+        advance(len(data))
+    return digest.hexdigest()
 
 
 def _sources(files: Iterable[StoredFile], tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -14,7 +14,8 @@ import xxhash
 from tightfit import __version__
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.errors import VerificationError
+from tightfit.checkpoint.source import LocalSource, Source
+from tightfit.errors import CheckpointError, VerificationError
 from tightfit.model.layout import Parallel, Piece
 from tightfit.sharding.parts import Part
 from tightfit.sharding.ranks import not_whole
@@ -186,26 +187,24 @@ def make_manifest(
     )
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest of a sharded checkpoint.
+def read_manifest(directory: Path | Source) -> Manifest:
+    """Read the manifest of a sharded checkpoint, which may be distant.
 
     Raises:
         VerificationError: there is none, or it is not one of ours.
     """
-    path = directory / MANIFEST
+    if isinstance(directory, Path) and not directory.is_dir():
+        raise _no_manifest(str(directory))
+    source = LocalSource(directory) if isinstance(directory, Path) else directory
+    path = f"{source.label}/{MANIFEST}"
+    if not source.exists(MANIFEST):
+        raise not_whole(source) or _no_manifest(source.label)
+    if source.size(MANIFEST) > _LARGEST_BYTES:
+        raise _not_ours(path, "it is larger than any manifest")
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise _not_ours(path, "it is larger than any manifest")
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise not_whole(directory) or VerificationError(
-            f"{directory} has no {MANIFEST}: it is not a complete output of `tightfit shard`",
-            hint="run `tightfit shard` again",
-        ) from None
-    except OSError as error:
-        raise VerificationError(
-            f"cannot read {path}: {error.strerror}", hint="check the path and its permissions"
-        ) from error
+        document = json.loads(source.read(MANIFEST))
+    except CheckpointError as error:
+        raise VerificationError(error.message, hint=error.hint) from error
     except (ValueError, RecursionError) as error:
         raise _not_ours(path, f"it is not JSON ({error})") from None
     manifest = manifest_of(document, path)
@@ -333,6 +332,13 @@ def _sizes(values: Any) -> tuple[int, ...]:
 
 def _wrong(value: Any) -> Any:
     raise ValueError(f"unexpected {value!r:.40}")
+
+
+def _no_manifest(where: str) -> VerificationError:
+    return VerificationError(
+        f"{where} has no {MANIFEST}: it is not a complete output of `tightfit shard`",
+        hint="run `tightfit shard` again",
+    )
 
 
 def _not_ours(path: Path | str, why: str) -> VerificationError:

@@ -144,8 +144,7 @@ def _differences(job: MergeJob, directory: Path, progress: Progress) -> Iterator
     if manifest is None:
         yield "there is no manifest to compare it with"
         return
-    assert isinstance(job.checkpoint.source, LocalSource)
-    yield from differences(job.checkpoint.source.directory, manifest.files, merged, progress)
+    yield from differences(job.checkpoint.source, manifest.files, merged, progress)
     infos = merged.tensors()
     with SourceFiles(there) as files:
         for name, twin in job.twins.items():

@@ -6,9 +6,10 @@ vLLM's own script leaves them, are read through the layout that their config and
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from math import prod
 from typing import NoReturn
@@ -17,7 +18,7 @@ from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.header import TensorInfo, read_header
-from tightfit.checkpoint.source import LocalSource
+from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError, LayoutError, VerificationError
 from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.model.stored import LAYOUTS, rank_tensors
@@ -94,32 +95,33 @@ def open_rank_files(checkpoint: Checkpoint) -> RankFiles:
     """Read the headers and the manifest of a sharded checkpoint.
 
     Raises:
-        CheckpointError: it is not a local sharded directory, or ranks or tensors are missing.
+        CheckpointError: it is not sharded, or ranks or tensors are missing.
         VerificationError: the files are not what the manifest says.
         LayoutError: there is no manifest, and no known layout of this model has these tensors.
     """
     source = checkpoint.source
-    if not isinstance(source, LocalSource):
-        raise CheckpointError(
-            f"{checkpoint.name} is sharded and not a local directory",
-            hint="download it, and give its directory",
-        )
     names = [name for name in source.files() if _RANK_FILE.fullmatch(name)]
     if source.exists(MANIFEST):
-        manifest = read_manifest(source.directory)
+        manifest = read_manifest(source)
         return _by_manifest(checkpoint, source, manifest)
-    if error := not_whole(source.directory):
+    if error := not_whole(source):
         raise error
-    headers = {name: _header(source, name) for name in names}
+    headers = _headers(source, names)
     kept = {ORIGINALS: _header(source, ORIGINALS)} if source.exists(ORIGINALS) else {}
     return _by_layout(checkpoint, headers, kept)
 
 
-def _header(source: LocalSource, name: str) -> Mapping[str, TensorInfo]:
+def _header(source: Source, name: str) -> Mapping[str, TensorInfo]:
     return read_header(name, source.size(name), lambda start, stop: source.read(name, start, stop))
 
 
-def _by_manifest(checkpoint: Checkpoint, source: LocalSource, manifest: Manifest) -> RankFiles:
+def _headers(source: Source, names: Sequence[str]) -> dict[str, Mapping[str, TensorInfo]]:
+    """Several at a time, for the round trips to distant ones."""
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(names, pool.map(partial(_header, source), names), strict=True))
+
+
+def _by_manifest(checkpoint: Checkpoint, source: Source, manifest: Manifest) -> RankFiles:
     listed = {file.name for file in manifest.files}
     stray = [n for n in source.files() if _RANK_FILE.fullmatch(n) and n not in listed]
     if stray:
@@ -127,10 +129,10 @@ def _by_manifest(checkpoint: Checkpoint, source: LocalSource, manifest: Manifest
             f"{source.label} holds {stray[0]!r}, which its manifest does not know",
             hint="remove it, or run `tightfit verify`",
         )
-    files: dict[str, Mapping[str, TensorInfo]] = {}
+    files = _headers(source, [file.name for file in manifest.files])
     held: defaultdict[str, list[Held]] = defaultdict(list)
     for file in manifest.files:
-        header = files[file.name] = _header(source, file.name)
+        header = files[file.name]
         _check_header(file, header)
         if file.name == ORIGINALS:
             continue

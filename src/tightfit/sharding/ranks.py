@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightfit.checkpoint.source import Source
 from tightfit.errors import UsageError, VerificationError
 
 _OURS = re.compile(r"tightfit-rank-(\d{1,6})\.(json|journal)")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _LARGEST_BYTES = 2**30
+_LONGEST_LINE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +47,15 @@ def rank_journal(rank: int) -> str:
     return f"tightfit-rank-{rank}.journal"
 
 
-def arrived(directory: Path) -> Arrived:
+def arrived(source: Source) -> Arrived:
     """What names and first lines say; nothing is checked."""
     complete: set[int] = set()
     begun: set[int] = set()
     sizes: set[int] = set()
-    try:
-        names = sorted(path.name for path in directory.iterdir())
-    except OSError:
-        names = []
-    for name in names:
+    for name in source.files():
         if match := _OURS.fullmatch(name):
             (complete if match[2] == "json" else begun).add(int(match[1]))
-            job = read_job(directory / name)
+            job = job_of(source.read(name, 0, min(source.size(name), _LONGEST_LINE_BYTES)))
             size = job.get("world_size") if job is not None else None
             if type(size) is int and 0 < size <= 2**20:
                 sizes.add(size)
@@ -72,9 +70,16 @@ def read_job(path: Path) -> Mapping[str, Any] | None:
     """The job that a journal or the manifest of a rank belongs to; None if it says nothing."""
     try:
         with open(path, "rb") as file:
-            line = file.readline(2**20)
-        value = json.loads(line)
-    except (OSError, ValueError, RecursionError):
+            return job_of(file.readline(_LONGEST_LINE_BYTES))
+    except OSError:
+        return None
+
+
+def job_of(data: bytes) -> Mapping[str, Any] | None:
+    """The job in the first line of a file of ours; None if it says nothing."""
+    try:
+        value = json.loads(data.partition(b"\n")[0])
+    except (ValueError, RecursionError):
         return None
     job = value.get("job") if isinstance(value, dict) else None
     return job if isinstance(job, dict) else None
@@ -104,9 +109,9 @@ def read_rank_manifest(directory: Path, rank: int) -> Mapping[str, Any]:
     return document
 
 
-def not_whole(directory: Path) -> VerificationError | None:
+def not_whole(source: Source) -> VerificationError | None:
     """The error about a directory that lacks ranks; None if it is not such a directory."""
-    there = arrived(directory)
+    there, directory = arrived(source), source.label
     if not there.complete and not there.begun:
         return None
     if there.world_size is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import require_weights
 from tightfit.checkpoint.files import MANIFEST, find_weights
-from tightfit.checkpoint.source import LocalSource
+from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.stored import rank_tensors, stored_layout
@@ -36,27 +36,33 @@ class Report:
 
 
 def verify(
-    directory: Path, config: dict[str, object], progress: Progress, against: Checkpoint | None
+    directory: Path | Source,
+    config: dict[str, object],
+    progress: Progress,
+    against: Checkpoint | None,
 ) -> Report:
     """Check structure and checksums, and with `against` every byte.
+
+    The directory may be distant; then all of it is read over the network.
 
     Raises:
         VerificationError: there is no readable manifest.
         CheckpointError: `against` has no weights.
     """
     manifest = read_manifest(directory)
+    place = LocalSource(directory) if isinstance(directory, Path) else directory
     if against is not None:
         require_weights(against, "verify")
-    problems = list(_structure(directory, config, manifest))
+    problems = list(_structure(place, config, manifest))
     good: list[StoredFile] = []
     for file in manifest.files:
-        found = list(file_problems(LocalSource(directory), file))
+        found = list(file_problems(place, file))
         problems += found
         if not found:
             good.append(file)
-    problems += damages(directory, good, progress)
+    problems += damages(place, good, progress)
     if against is not None:
-        problems += differences(directory, good, against, progress)
+        problems += differences(place, good, against, progress)
     return Report(
         manifest=manifest,
         tensors=sum(len(file.tensors) for file in manifest.files),
@@ -66,29 +72,28 @@ def verify(
     )
 
 
-def require_manifest(directory: Path) -> None:
+def require_manifest(source: Source) -> None:
     """Say what a directory is that has no manifest, as far as its files tell.
 
     Raises:
         CheckpointError: it is a plain checkpoint.
         VerificationError: it has rank files, and nothing vouches for them.
     """
-    if (directory / MANIFEST).exists():
+    if source.exists(MANIFEST):
         return
-    if error := not_whole(directory):
+    if error := not_whole(source):
         raise error
-    source = LocalSource(directory)
     weights = find_weights(source)
     if weights.files:
         raise CheckpointError(
-            f"{directory} is a plain checkpoint ({weights.files[0]}), and not an output of "
+            f"{source.label} is a plain checkpoint ({weights.files[0]}), and not an output of "
             "`tightfit shard`",
             hint="shard it first; a plain checkpoint has no checksums to verify",
         )
     if weights.is_sharded:
-        stages, size = sizes_by_names(directory.name, source.files())
+        stages, size = sizes_by_names(source.label, source.files())
         raise VerificationError(
-            f"{directory} has rank files for tensor parallel size {size}"
+            f"{source.label} has rank files for tensor parallel size {size}"
             + (f" and {stages} pipeline stages" if stages > 1 else "")
             + f", but no {MANIFEST} that vouches for them",
             hint="if vLLM's own script made it, `tightfit shard DIR OUT` checks its names, shapes "
@@ -111,9 +116,9 @@ def check_tensor_parallel_size(manifest: Manifest, asked: int | None, where: str
     return size
 
 
-def _structure(directory: Path, config: dict[str, object], manifest: Manifest) -> Iterator[str]:
+def _structure(source: Source, config: dict[str, object], manifest: Manifest) -> Iterator[str]:
     """Does the manifest describe what this layout demands of this config?"""
-    yield from stray_files(LocalSource(directory), manifest)
+    yield from stray_files(source, manifest)
     try:
         spec = model_spec(config)
         layout = stored_layout(manifest.layout)
