@@ -1,14 +1,14 @@
 """`tightfit shard`: per-rank checkpoints for `--load-format sharded_state`."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
-from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
-from tightfit.cli.output import console, guarded, print_json, progress
+from tightfit.cli.options.layout import PipelineParallelSize
+from tightfit.cli.output import console, guarded, note, print_json, progress
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
 from tightfit.sharding.ranks import parse_ranks, show_ranks
@@ -20,10 +20,11 @@ from tightfit.units import MiB, format_bytes, parse_bytes
 @guarded
 def shard(
     model: o.Model,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
+    ],
     tensor_parallel_size: o.TensorParallelSize = 1,
     pipeline_parallel_size: PipelineParallelSize = None,
-    enable_expert_parallel: EnableExpertParallel = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -66,36 +67,42 @@ def shard(
     if size < MiB:
         raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
     chosen = stored_layout(layout)
-    checkpoint = open_checkpoint(model, revision=revision, download=not dry_run)
+    # What is written elsewhere, or in part, needs no copy of the whole model here.
+    download = not (dry_run or is_remote(out) or ranks)
+    checkpoint = open_checkpoint(model, revision=revision, download=download)
     job = prepare(
         checkpoint,
         chosen,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=stages,
-        expert_parallel=bool(enable_expert_parallel),
         max_shard_bytes=size,
         ranks=None if ranks is None else parse_ranks(ranks),
     )
     missing: tuple[int, ...] = ()
     if not dry_run:
         with progress(quiet=quiet) as bars:
-            missing = write(job, out, bars, resume=resume).missing_ranks
+            if is_remote(out):
+                from tightfit.sharding.remote import shard_to
+
+                manifest = shard_to(job, out, bars, resume=resume, notice=note)
+            else:
+                manifest = write(job, local_path_of(out), bars, resume=resume)
+            missing = manifest.missing_ranks
     if as_json:
         print_json(_document(job, out, dry_run, missing))
     elif dry_run or not quiet:
         _show(job, out, dry_run, missing)
 
 
-def _document(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> dict[str, Any]:
+def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": job.checkpoint.name,
-        "output": str(out),
+        "output": out,
         "written": not dry_run,
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
-        "expert_parallel": job.parallel.expert_parallel,
         "ranks": list(job.ranks),
         "missing_ranks": list(missing),
         "total_bytes": job.output_bytes,
@@ -111,7 +118,7 @@ def _document(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...])
     }
 
 
-def _show(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> None:
+def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -137,5 +144,4 @@ def _show(job: ShardJob, out: Path, dry_run: bool, missing: tuple[int, ...]) -> 
         flags = "--load-format sharded_state"
         flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
         flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
-        flags += " --enable-expert-parallel" if job.parallel.expert_parallel else ""
         page.print(Text(f"next: vllm serve {out} {flags}"))
