@@ -18,6 +18,9 @@ from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import LayoutError, UnsupportedModelError
+from tightfit.model.families import model_spec
+from tightfit.model.layout import Parallel
+from tightfit.model.stored.quantized import loading_notes
 from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.verify import verify
 
@@ -25,6 +28,7 @@ CASES = [
     *((s, m) for s in SECTIONS if s != "mxfp4" for m in ("dense", "experts")),
     *((s, "latent") for s in ("fp8 block", "INT8", "modelopt NVFP4", "W4A16")),
     ("mxfp4", "gpt_oss"),
+    ("mxfp4", "odd_gpt_oss"),
 ]
 QuantizedModel = Callable[..., Path]
 
@@ -168,6 +172,22 @@ def test_blocks_of_gpt_oss(quantized_model: QuantizedModel, tmp_path: Path) -> N
         assert torch.equal(found[f"{new}w2_weight"], down)
         down = source[f"{old}down_proj_scales"].chunk(2, dim=2)[rank]
         assert torch.equal(found[f"{new}w2_weight_scale"], down)
+
+
+def test_shares_of_gpt_oss(quantized_model: QuantizedModel, tmp_path: Path) -> None:
+    """Eleven blocks of 32 are six and five; kernels want more, and vLLM fills it with zeros."""
+    model = quantized_model("mxfp4", "odd_gpt_oss")
+    source, ranks = cut(model, tmp_path / "out")
+    at = "model.layers.0.mlp.experts."
+    for kind, block, name in (("blocks", 16, "weight"), ("scales", 1, "weight_scale")):
+        down = source[f"{at}down_proj_{kind}"].flatten(2)
+        for found, span in zip(ranks, (slice(6 * block), slice(6 * block, None)), strict=True):
+            held = found[f"{at}routed_experts.w2_{name}"]
+            assert torch.equal(held[..., : down[..., span].shape[-1]], down[..., span])
+            assert held.shape[-1] == 6 * block
+            assert not held[..., down[..., span].shape[-1] :].any()
+    notes = loading_notes(model_spec(open_checkpoint(str(model)).config), Parallel())
+    assert "vLLM makes room for more, fills the rest with zeros" in notes[0]
 
 
 def test_other_shapes_of_scales(quantized_model: QuantizedModel, tmp_path: Path) -> None:

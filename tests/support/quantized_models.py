@@ -61,6 +61,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "experts": EXPERTS,
     "latent": LATENT,
     "gpt_oss": GPT_OSS,
+    "odd_gpt_oss": {**GPT_OSS, "intermediate_size": 352, "hidden_size": 288},
 }
 SECTIONS: Mapping[str, dict[str, Any]] = {
     **DATA["sections"],

@@ -1,12 +1,15 @@
 """Ask a real vLLM (CPU build) which tensors its sharded-state loader wants. Run by its interpreter.
 
-usage: state_jobs.py JOBS.json   where JOBS is a list of {"directory", "tp", "pp", "kernels"}
+usage: state_jobs.py JOBS.json   where JOBS is a list of
+    {"directory", "tp", "pp", "kernels", "sharded"}
 
 A model is built without weights on every rank of the layout, and what is listed is its state before
 any kernel rearranges it, after the loader's own filter of tensors that share memory. vLLM is
 imported once; each job forks one process per rank, joined by gloo. Every job gives one line of
 JSON: for each rank a dictionary of name to [shape, dtype, value if all elements have it], or an
-error. Without `kernels` none are chosen, because those of most quantizations are for GPUs.
+error. Without `kernels` none are chosen, because those of most quantizations are for GPUs. With
+`sharded`, the rank files of the same model, vLLM fills its state from each of the two directories,
+and the answer has the names of tensors whose bytes are `different` then.
 """
 
 import json
@@ -16,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 from queue import Empty
+
+import own_configs
 
 os.environ |= {
     "VLLM_TARGET_DEVICE": "cpu",
@@ -77,12 +82,39 @@ def build(job, rank, store, results):
             ]
             for name, tensor in kept.items()
         }
+        if "sharded" in job:
+            answer["different"] = different(model, config, job["sharded"])
     except BaseException as error:
         answer["error"] = f"{type(error).__name__}: {error}"[:500]
     results.put(answer)
     results.close()
     results.join_thread()
     os._exit(0)
+
+
+def different(model, config, sharded):
+    import torch
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
+
+    def state():
+        return ShardedStateLoader._filter_subtensors(model.state_dict())
+
+    get_model_loader(LoadConfig()).load_weights(model, config.model_config)
+    loaded = {name: tensor.clone() for name, tensor in state().items()}
+    for tensor in state().values():
+        tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).fill_(77)
+    config.model_config.model_weights = sharded
+    get_model_loader(LoadConfig(load_format="sharded_state")).load_weights(
+        model, config.model_config
+    )
+    return [
+        name
+        for name, tensor in state().items()
+        if not torch.equal(
+            *(t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, loaded[name]))
+        )
+    ]
 
 
 def value(tensor):
@@ -116,7 +148,10 @@ def run_job(context, job):
             return {"error": answer["error"]}
     answers.sort(key=lambda answer: answer["rank"])
     states = [answer["state"] for answer in answers]
-    return {"class": answers[0]["class"], "states": states}
+    found = {"class": answers[0]["class"], "states": states}
+    if "sharded" in job:
+        found["different"] = [answer["different"] for answer in answers]
+    return found
 
 
 def main():
@@ -127,6 +162,7 @@ def main():
 
     # vLLM inspects every architecture in a fresh interpreter, half a minute each; we are in one.
     registry._run_in_subprocess = lambda function: function()
+    own_configs.register()
     context = multiprocessing.get_context("fork")
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)

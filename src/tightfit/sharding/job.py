@@ -14,7 +14,7 @@ from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.model.parameters import check_parallel, parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import StoredLayout, rank_tensors
-from tightfit.model.stored.quantized import check_quantization
+from tightfit.model.stored.quantized import check_quantization, loading_notes
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.gather import Gather, copied_bytes, plan
@@ -64,6 +64,11 @@ class Job:
     def copied_bytes(self) -> int:
         """Bytes of them that come from the source."""
         return copied_bytes(self.copies, self.gathers)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an engine will do with the files that nobody would expect."""
+        return loading_notes(self.spec, self.parallel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

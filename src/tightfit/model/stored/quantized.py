@@ -8,13 +8,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.layout import Piece, Rank, RankTensor, Weight
+from tightfit.model.layout import Cut, Parallel, Piece, Rank, RankTensor, Weight
+from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.forms import Form
 from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored.layouts import StoredLayout
 
 _VERSION = (0, 32)
+_WIDEST = 256
+"""What kernels round widths up to, at most (`fused_moe/oracle/mxfp4.py`)."""
+_MXFP4_BLOCK = 32
+"""Ranks get whole blocks of this width of gpt-oss's experts (`models/gpt_oss.py`).
+
+Kernels want wider ones, each another; the loader puts ours into the corner of what those made room
+for, which is full of zeros.
+"""
 
 
 def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
@@ -44,6 +53,27 @@ def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
         )
 
 
+def loading_notes(spec: ModelSpec, parallel: Parallel) -> tuple[str, ...]:
+    """What an engine does with the files that nobody would expect, and why it may."""
+    recipe = spec.quantization
+    if not isinstance(recipe, Recipe) or not recipe.padded_experts:
+        return ()
+    rank = Rank(parallel=parallel)
+    for weight in plain_parameters(spec):
+        if weight.experts and weight.cut is Cut.INPUT and weight.columns is not None:
+            held = replace(recipe, padded_experts=_MXFP4_BLOCK).created(weight)
+            width = next(2 * tensor.rank_shape(rank)[-1] for _, tensor in held)
+            hidden = sum(part.rows for part in weight.parts)
+            if width % _WIDEST or hidden % _WIDEST:
+                return (
+                    f"kernels of {recipe.name} want other sizes than {width} (a rank's share of "
+                    f"an expert) or {hidden} (the hidden size): vLLM makes room for more, fills "
+                    "the rest with zeros, and logs a warning for each such tensor",
+                )
+            break
+    return ()
+
+
 def quantized_tensors(
     recipe: Recipe, weight: Weight, rank: Rank, dtype: str
 ) -> Iterator[RankTensor]:
@@ -53,6 +83,8 @@ def quantized_tensors(
         LayoutError: the layout, or the scheme, does not divide this weight.
         UnsupportedModelError: parts of the weight are quantized differently.
     """
+    if recipe.padded_experts:
+        recipe = replace(recipe, padded_experts=_MXFP4_BLOCK)
     for form, held in recipe.created(weight):
         # Boxes see sources without dimensions that mean nothing to an engine.
         flat = held if form is None else replace(held, stored_shape=None)

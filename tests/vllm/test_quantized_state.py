@@ -1,0 +1,102 @@
+"""Quantized rank files have what vLLM's loader wants, and fill it as an unsharded load does.
+
+Kernels are not chosen, because most are for GPUs: what is compared is the state before they
+rearrange it.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.quantized_models import SECTIONS, make_quantized_model
+from support.work import write_shards
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.sharding.rank_files import open_rank_files
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
+
+# vLLM 0.32 loads these only on request.
+DEPRECATED = ("fbgemm",)
+PLAIN = [scheme for scheme in SECTIONS if scheme not in (*DEPRECATED, "mxfp4")]
+CASES = [
+    *((scheme, "dense", size) for scheme in PLAIN for size in (1, 2)),
+    *((scheme, model, 2) for scheme in PLAIN for model in ("experts", "latent")),
+    *(("mxfp4", model, size) for model in ("gpt_oss", "odd_gpt_oss") for size in (1, 2)),
+]
+UNUSED = ("input_scale", "input_global_scale")
+"""Of schemes for weights alone: vLLM makes room for them, and leaves there what was in memory."""
+Answer = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("quantized")
+    for scheme, model in {(scheme, model) for scheme, model, _ in CASES}:
+        make_quantized_model(scheme, model, directory / _name(scheme, model))
+    for scheme, model, size in CASES:
+        name = _name(scheme, model)
+        write_shards(directory / name, directory / f"{name}-tp{size}", size)
+    return directory
+
+
+def _name(scheme: str, model: str) -> str:
+    return f"{scheme}-{model}".replace(" ", "_").replace(",", "")
+
+
+@pytest.fixture(scope="module")
+def answers(directory: Path) -> dict[tuple[str, str, int], Answer]:
+    """One vLLM process builds all models."""
+    assert PYTHON, "TIGHTFIT_VLLM_PYTHON names the interpreter of a vLLM CPU environment"
+    jobs = []
+    for scheme, model, size in CASES:
+        path = directory / _name(scheme, model)
+        jobs.append(
+            {"directory": str(path), "tp": size, "kernels": False, "sharded": f"{path}-tp{size}"}
+        )
+    (directory / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("state_jobs.py")
+    command = [PYTHON, str(script), str(directory / "jobs.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert len(lines) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
+    found = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.mark.parametrize(("scheme", "model", "size"), CASES)
+def test_names_and_shapes(
+    answers: dict[tuple[str, str, int], Answer],
+    directory: Path,
+    scheme: str,
+    model: str,
+    size: int,
+) -> None:
+    answer = answers[scheme, model, size]
+    assert "error" not in answer, answer["error"]
+    ranks = open_rank_files(open_checkpoint(f"{directory / _name(scheme, model)}-tp{size}"))
+    for rank, state in enumerate(answer["states"]):
+        found: dict[str, TensorInfo] = {}
+        for name, header in ranks.files.items():
+            if name.startswith(f"model-rank-{rank}-"):
+                found |= header
+        assert {name: list(info.shape) for name, info in found.items()} == {
+            name: shape for name, (shape, *_) in state.items()
+        }
+
+
+@pytest.mark.parametrize(("scheme", "model", "size"), CASES)
+def test_same_state_as_unsharded(
+    answers: dict[tuple[str, str, int], Answer], scheme: str, model: str, size: int
+) -> None:
+    answer = answers[scheme, model, size]
+    assert "error" not in answer, answer["error"]
+    weights_alone = scheme in ("modelopt W4A16_NVFP4", "NVFP4A16")
+    for names in answer["different"]:
+        assert [n for n in names if not (weights_alone and n.endswith(UNUSED))] == []
