@@ -65,11 +65,6 @@ class Job:
         """Bytes of them that come from the source."""
         return copied_bytes(self.copies, self.gathers)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What an engine will do with the files that nobody would expect."""
-        return loading_notes(self.spec, self.parallel)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardJob(Job):
@@ -91,6 +86,11 @@ class ShardJob(Job):
             "world_size": self.parallel.world_size,
             **super(ShardJob, self).identity,
         }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an engine will do with the files that nobody would expect."""
+        return loading_notes(self.spec, self.parallel)
 
 
 def prepare(
