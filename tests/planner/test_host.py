@@ -9,6 +9,7 @@ from support.configs import read_spec
 from tightfit.model.layout import Parallel, Rank
 from tightfit.planner.assemble import engine
 from tightfit.planner.devices import CATALOGUE, Device
+from tightfit.planner.engines.base import Deployed
 from tightfit.planner.engines.vllm_host import PROCESS_BYTES, Processes
 from tightfit.planner.host import host_components, needed_bytes
 from tightfit.planner.options import PlanOptions
@@ -32,11 +33,13 @@ def host(name: str = LLAMA, *, strategy: str | None = None, **options: Any) -> d
         parallel,
         asked,
         resolved,
-        weights_by_rank=[weights_component(spec, rank, dtype).planned_bytes for rank in ranks],
-        checkpoint_bytes=checkpoint_bytes(spec),
-        offloaded_by_rank=[offloadable(spec, rank, dtype, limit) for rank in ranks],
-        pool_bytes=3 * GiB,
-        kv=chosen.kv_layout(spec, Rank(parallel=parallel), resolved),
+        Deployed(
+            weights_by_rank=[weights_component(spec, rank, dtype).planned_bytes for rank in ranks],
+            checkpoint_bytes=checkpoint_bytes(spec),
+            offloaded_by_rank=[offloadable(spec, rank, dtype, limit) for rank in ranks],
+            pool_bytes=3 * GiB,
+            kv=chosen.kv_layout(spec, Rank(parallel=parallel), resolved),
+        ),
         safetensors_load_strategy=strategy,
     )
     assert [one.name for one in found] == [
@@ -193,7 +196,6 @@ def test_nothing_depends_on_a_device() -> None:
     spec, asked = read_spec(LLAMA), PlanOptions()
     chosen = engine(asked)
     resolved = replace(chosen.resolve(spec, asked), model_runner=None)
-    found = host_components(
-        spec, Parallel(), asked, resolved, weights_by_rank=[GiB], checkpoint_bytes=GiB
-    )
+    deployed = Deployed(weights_by_rank=[GiB], checkpoint_bytes=GiB)
+    found = host_components(spec, Parallel(), asked, resolved, deployed)
     assert [one.name for one in found] == ["loading_peak", "process_baseline", "pinned_buffers"]

@@ -10,7 +10,7 @@ from tightfit.model.layout import Rank
 from tightfit.model.parameters import check_parallel, parameter_count
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
-from tightfit.planner.engines.base import Engine
+from tightfit.planner.engines.base import Deployed, Engine
 from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, ModelSummary, Plan
 from tightfit.planner.pool import Fixed, Pool, all_fixed, pool_of
@@ -145,9 +145,7 @@ def _host(
     weights = [one.components[0] for one in fixed]
     offloaded = [component.detail.get("offloaded_bytes", 0) for component in weights]
     blocks = pool.num_blocks or pool.worst.kv.blocks(resolved.max_model_len.value)
-    return chosen.host(
-        spec,
-        resolved,
+    deployed = Deployed(
         weights_by_rank=[
             component.planned_bytes + moved
             for component, moved in zip(weights, offloaded, strict=True)
@@ -157,6 +155,7 @@ def _host(
         pool_bytes=blocks * pool.worst.kv.bytes_per_block,
         kv=pool.worst.kv,
     )
+    return chosen.host(spec, resolved, deployed)
 
 
 class _Adaptation(NamedTuple):

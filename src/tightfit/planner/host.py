@@ -15,6 +15,7 @@ from math import prod
 
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec, ropes
+from tightfit.planner.engines.base import Deployed
 from tightfit.planner.engines.vllm_host import (
     BASELINE_PROVENANCE,
     LIBRARY_BYTES,
@@ -39,12 +40,8 @@ def host_components(
     parallel: Parallel,
     options: PlanOptions,
     resolved: Resolved,
+    deployed: Deployed,
     *,
-    weights_by_rank: Sequence[int],
-    checkpoint_bytes: int,
-    offloaded_by_rank: Sequence[int] = (),
-    pool_bytes: int = 0,
-    kv: KVLayout | None = None,
     safetensors_load_strategy: str | None = None,
     largest_file_bytes: int | None = None,
 ) -> tuple[Component, ...]:
@@ -57,16 +54,12 @@ def host_components(
         parallel: its layout.
         options: what the user asked for.
         resolved: the same with the defaults filled in.
-        weights_by_rank: bytes of the weights of each rank of a replica, offloaded ones included.
-        checkpoint_bytes: of the plain checkpoint.
-        offloaded_by_rank: bytes of them that stay on the host, likewise.
-        pool_bytes: a rank's KV cache; it is the host's only on the CPU backend.
-        kv: the blocks of a rank, for the block tables of the V1 runner.
+        deployed: the ranks of a replica.
         safetensors_load_strategy: vLLM's option; `eager` reads files whole.
         largest_file_bytes: of the checkpoint; None counts it as one file.
     """
     cpu = options.device is not None and options.device.kind == "cpu"
-    ranks = len(weights_by_rank) * parallel.data_parallel_size
+    ranks = len(deployed.weights_by_rank) * parallel.data_parallel_size
     processes = Processes.of(parallel, options, cpu=cpu)
     found = [
         _loading_peak(
@@ -74,17 +67,16 @@ def host_components(
             parallel,
             options,
             resolved.dtype.value,
-            weights_by_rank,
-            checkpoint_bytes,
-            _eager_bytes(safetensors_load_strategy, largest_file_bytes, checkpoint_bytes),
+            deployed,
+            _eager_bytes(safetensors_load_strategy, largest_file_bytes, deployed.checkpoint_bytes),
             cpu=cpu,
         ),
         _process_baseline(processes, options, cpu=cpu),
         _mm_processor_cache(spec, parallel, options, processes),
-        None if cpu else _pinned_buffers(spec, resolved, ranks, kv),
-        None if cpu else _cpu_offload(options, parallel, offloaded_by_rank),
+        None if cpu else _pinned_buffers(spec, resolved, ranks, deployed.kv),
+        None if cpu else _cpu_offload(options, parallel, deployed.offloaded_by_rank),
         None if cpu else _kv_offload(options, parallel),
-        _cpu_kv_cache(pool_bytes, ranks) if cpu else None,
+        _cpu_kv_cache(deployed.pool_bytes, ranks) if cpu else None,
     ]
     return tuple(one for one in found if one is not None and one.planned_bytes)
 
@@ -119,14 +111,13 @@ def _loading_peak(
     parallel: Parallel,
     options: PlanOptions,
     dtype: str,
-    weights_by_rank: Sequence[int],
-    checkpoint_bytes: int,
+    deployed: Deployed,
     eager_bytes: int,
     *,
     cpu: bool,
 ) -> Component:
     """Files are mapped, so that they are in the page cache once, whichever ranks read them."""
-    replicas = parallel.data_parallel_size
+    replicas, weights_by_rank = parallel.data_parallel_size, deployed.weights_by_rank
     ranks = len(weights_by_rank) * replicas
     if options.load_format == "dummy":
         read, copied, formula = 0, 0, "dummy weights: nothing is read"
@@ -138,7 +129,7 @@ def _loading_peak(
             f"own rank only: {read}"
         )
     else:
-        read = checkpoint_bytes
+        read = deployed.checkpoint_bytes
         copied = ranks * (eager_bytes or _largest_tensor(spec, parallel, dtype))
         what = "an eagerly read file and its tensors" if eager_bytes else "the largest parameter"
         formula = (

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
@@ -9,6 +10,22 @@ from tightfit.planner.devices import Device
 from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import PlanOptions, Resolved
 from tightfit.planner.plan import Component
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """The ranks of a replica, as the memory of their host sees them."""
+
+    weights_by_rank: Sequence[int]
+    """Bytes of the weights of each rank, offloaded ones included."""
+    checkpoint_bytes: int
+    """Of the plain checkpoint."""
+    offloaded_by_rank: Sequence[int] = ()
+    """Bytes of the weights that stay on the host."""
+    pool_bytes: int = 0
+    """A rank's KV cache; it is the host's only on the CPU backend."""
+    kv: KVLayout | None = None
+    """The blocks of a rank, for the block tables of the V1 runner."""
 
 
 class Engine(ABC):
@@ -46,28 +63,10 @@ class Engine(ABC):
         return 0
 
     def host(
-        self,
-        spec: ModelSpec,
-        resolved: Resolved,
-        *,
-        weights_by_rank: Sequence[int],
-        offloaded_by_rank: Sequence[int],
-        checkpoint_bytes: int,
-        pool_bytes: int,
-        kv: KVLayout,
+        self, spec: ModelSpec, resolved: Resolved, deployed: Deployed
     ) -> tuple[Component, ...]:
-        """What all processes together take of the host's memory; nothing if it is not modelled.
-
-        Args:
-            spec: the model as the engine builds it.
-            resolved: the options.
-            weights_by_rank: bytes of the weights of each rank, offloaded ones included.
-            offloaded_by_rank: bytes of them that stay on the host.
-            checkpoint_bytes: of the plain checkpoint.
-            pool_bytes: of a rank's KV cache.
-            kv: the blocks of a rank.
-        """
-        del spec, resolved, weights_by_rank, offloaded_by_rank, checkpoint_bytes, pool_bytes, kv
+        """What all processes together take of the host's memory; nothing if it is not modelled."""
+        del spec, resolved, deployed
         return ()
 
     @abstractmethod

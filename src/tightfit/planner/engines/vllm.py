@@ -5,14 +5,13 @@ Sources, all relative to the vLLM 0.32 package: `config/cache.py` (utilization),
 messages).
 """
 
-from collections.abc import Sequence
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
-from tightfit.planner.engines.base import Engine
+from tightfit.planner.engines.base import Deployed, Engine
 from tightfit.planner.engines.vllm_captures import captured_sizes, cudagraph_mode
 from tightfit.planner.engines.vllm_kv import layout, packed_latents, usual_block
 from tightfit.planner.engines.vllm_memory import components
@@ -231,30 +230,13 @@ class VLLM(Engine):
         )
 
     def host(
-        self,
-        spec: ModelSpec,
-        resolved: Resolved,
-        *,
-        weights_by_rank: Sequence[int],
-        offloaded_by_rank: Sequence[int],
-        checkpoint_bytes: int,
-        pool_bytes: int,
-        kv: KVLayout,
+        self, spec: ModelSpec, resolved: Resolved, deployed: Deployed
     ) -> tuple[Component, ...]:
         """See `planner.host`."""
         from tightfit.planner.host import host_components
 
-        return host_components(
-            spec,
-            self.parallel(resolved.asked),
-            resolved.asked,
-            resolved,
-            weights_by_rank=weights_by_rank,
-            offloaded_by_rank=offloaded_by_rank,
-            checkpoint_bytes=checkpoint_bytes,
-            pool_bytes=pool_bytes,
-            kv=kv,
-        )
+        asked = resolved.asked
+        return host_components(spec, self.parallel(asked), asked, resolved, deployed)
 
     def kv_layout(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> KVLayout:
         """See `vllm_kv`.
