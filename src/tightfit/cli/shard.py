@@ -8,9 +8,10 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
 from tightfit.cli.options.layout import PipelineParallelSize
-from tightfit.cli.output import console, guarded, note, print_json, progress
+from tightfit.cli.output import console, guarded, note, print_json, progress, warn
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
+from tightfit.sharding.executors import EXECUTORS, open_executor
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
@@ -43,6 +44,21 @@ def shard(
         bool,
         typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
     ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(EXECUTORS), help="Where the work is done; see --ray-address."
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Cluster for --executor ray; else RAY_ADDRESS, one that runs here, or a new one. "
+            "All its machines need MODEL and OUT under the same paths.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
     ] = False,
@@ -80,13 +96,22 @@ def shard(
     )
     missing: tuple[int, ...] = ()
     if not dry_run:
-        with progress(quiet=quiet) as bars:
+        with (
+            open_executor(executor, "shard", ray_address=ray_address, notice=warn) as spread,
+            progress(quiet=quiet) as bars,
+        ):
             if is_remote(out):
                 from tightfit.sharding.remote import shard_to
 
+                if spread is not None:
+                    raise UsageError(
+                        f"--executor {executor} writes to a shared directory, and not to {out}",
+                        hint="start `tightfit shard OUT --ranks ...` on each machine instead",
+                    )
                 manifest = shard_to(job, out, bars, resume=resume, notice=note)
             else:
-                manifest = write(job, local_path_of(out), bars, resume=resume)
+                path = local_path_of(out)
+                manifest = write(job, path, bars, resume=resume, executor=spread)
             missing = manifest.missing_ranks
     if as_json:
         print_json(_document(job, out, dry_run, missing))

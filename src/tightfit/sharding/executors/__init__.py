@@ -48,11 +48,12 @@ class Executor(Protocol):
 
 @contextmanager
 def open_executor(
-    name: str, *, ray_address: str | None = None, notice: Callable[[str], None]
+    name: str, command: str, *, ray_address: str | None = None, notice: Callable[[str], None]
 ) -> Iterator[Executor | None]:
     """The executor of a name; None for `local`, where one pass over the source does everything.
 
     Args:
+        command: that asks for it, for messages.
         ray_address: of the cluster, or where Ray finds one by itself; else one is started here.
         notice: told what the user should know though the work goes on.
 
@@ -74,7 +75,7 @@ def open_executor(
     try:
         import ray  # noqa: F401
     except ImportError:
-        raise MissingExtraError("... --executor ray", "ray", "ray") from None
+        raise MissingExtraError(f"{command} --executor ray", "ray", "ray") from None
     from tightfit.sharding.executors.cluster import RayExecutor
 
     with RayExecutor(ray_address, notice) as executor:

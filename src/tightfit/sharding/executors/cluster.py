@@ -11,8 +11,10 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,8 +29,24 @@ MOST_ATTEMPTS = 4
 _POLL_SECONDS = 0.2
 _CANCEL_SECONDS = 3.0
 
-_Reports = dict[int, tuple[int, str, int]]
-"""By task: the number of its attempt, the machine, and the bytes that are done."""
+_NODES_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a task has told: which attempt it is, where it runs, and how many bytes are done."""
+
+    attempt: int = 0
+    node_id: str = ""
+    address: str = ""
+    nbytes: int = 0
+
+    @property
+    def node(self) -> str:
+        return f"{self.address} (node {self.node_id[:8]})"
+
+
+_Reports = dict[int, _Report]
 
 _Answer = tuple[str, Any, int]
 """`done` and the pickled result, or `failed` and an error's class, message and hint; and bytes."""
@@ -115,9 +133,12 @@ class _Run:
     ) -> None:
         self._tasks, self._advance, self._notice = tasks, advance, notice
         self._attempts = [0] * len(tasks)
+        self._losses = [0] * len(tasks)
         self._shown = [0] * len(tasks)
         self._running: dict[Any, int] = {}
         self._reports: _Reports = {}
+        self._dead = _dead_nodes()
+        self._nodes_at = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
         self._poll = self._board.reports.remote()
@@ -133,6 +154,9 @@ class _Run:
         while self._running:
             ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
             self._show_reports()
+            if not ready and time.monotonic() - self._nodes_at > _NODES_SECONDS:
+                self._nodes_at = time.monotonic()
+                self._leave_nodes(_dead_nodes() - self._dead)
             for ref in ready:
                 number = self._running.pop(ref)
                 try:
@@ -141,7 +165,8 @@ class _Run:
                     # An error that nobody foresaw keeps its traceback.
                     raise error.as_instanceof_cause() from None
                 except ray.exceptions.RayError as error:
-                    self._lost(number, error)
+                    self._show_reports(wait=True)
+                    self._lost(number, _first_line(error))
                     continue
                 if answer == "failed":
                     raise _error(*data)
@@ -174,23 +199,51 @@ class _Run:
         )
         self._running[ref] = number
 
-    def _lost(self, number: int, error: Exception) -> None:
-        self._show_reports(wait=True)
-        attempt, node, _ = self._reports.get(number, (0, "", 0))
-        where = f"on {node} " if attempt == self._attempts[number] else ""
+    def _lost(self, number: int, why: str) -> None:
+        report = self._report(number)
+        where = f"on {report.node} " if report is not None else ""
         self._show(number, 0)
+        self._losses[number] += 1
         name = self._tasks[number].name
-        if self._attempts[number] == MOST_ATTEMPTS:
+        if self._losses[number] == MOST_ATTEMPTS:
             raise TaskLostError(
-                f"{name} was given up: {MOST_ATTEMPTS} workers died of it, the last one {where}"
-                f"({_first_line(error)})",
+                f"{name} was given up: it was lost with {MOST_ATTEMPTS} workers, of which the last "
+                f"one {where}died ({why})",
                 hint="Ray's logs there may say why (its memory?); --resume goes on with the rest",
             )
         self._notice(
             f"{name} was lost, as its worker {where}died; doing it again "
-            f"(attempt {self._attempts[number] + 1} of {MOST_ATTEMPTS})"
+            f"(attempt {self._losses[number] + 1} of {MOST_ATTEMPTS})"
         )
         self._submit(number)
+
+    def _leave_nodes(self, dead: set[str]) -> None:
+        """Do again what was on machines that are gone.
+
+        Ray itself waits for minutes if nothing closes the connections: a machine without power, or
+        cut off.
+        """
+        if not dead:
+            return
+        self._dead |= dead
+        self._show_reports(wait=True)
+        for ref, number in list(self._running.items()):
+            report = self._report(number)
+            if report is not None and report.node_id not in dead:
+                continue
+            del self._running[ref]
+            with suppress(Exception):
+                ray.cancel(ref, force=True)
+            if report is None:
+                # Waiting, most likely, but perhaps for one of these.
+                self._submit(number)
+            else:
+                self._lost(number, "its machine is gone")
+
+    def _report(self, number: int) -> _Report | None:
+        """What the newest attempt at a task has told."""
+        report = self._reports.get(number)
+        return report if report and report.attempt == self._attempts[number] else None
 
     def _show_reports(self, *, wait: bool = False) -> None:
         if wait:
@@ -203,9 +256,9 @@ class _Run:
                 self._reports = ray.get(self._poll)
             self._poll = self._board.reports.remote()
         for number in self._running.values():
-            attempt, _, nbytes = self._reports.get(number, (0, "", 0))
-            if attempt == self._attempts[number]:
-                self._show(number, nbytes)
+            report = self._report(number)
+            if report is not None:
+                self._show(number, report.nbytes)
 
     def _show(self, number: int, nbytes: int) -> None:
         if nbytes != self._shown[number]:
@@ -219,10 +272,10 @@ class _Board:
     def __init__(self) -> None:
         self._reports: _Reports = {}
 
-    def tell(self, number: int, attempt: int, node: str, nbytes: int) -> None:
+    def tell(self, number: int, attempt: int, node_id: str, address: str, nbytes: int) -> None:
         # A lost attempt may still be heard of after the next one has begun.
-        if attempt >= self._reports.get(number, (0, "", 0))[0]:
-            self._reports[number] = (attempt, node, nbytes)
+        if attempt >= self._reports.get(number, _Report()).attempt:
+            self._reports[number] = _Report(attempt, node_id, address, nbytes)
 
     def reports(self) -> _Reports:
         return self._reports
@@ -240,8 +293,9 @@ def _make_carry_out() -> Callable[..., _Answer]:
         import ray
 
         node_id = ray.get_runtime_context().get_node_id()
-        node = f"{ray.util.get_node_ip_address()} (node {node_id[:8]})"
-        board.tell.remote(number, attempt, node, 0)
+        address = ray.util.get_node_ip_address()
+        node = f"{address} (node {node_id[:8]})"
+        board.tell.remote(number, attempt, node_id, address, 0)
         try:
             import tightfit
             from tightfit.errors import TightfitError
@@ -260,7 +314,7 @@ def _make_carry_out() -> Callable[..., _Answer]:
             now = time.monotonic()
             if now - told > 0.2:
                 told = now
-                board.tell.remote(number, attempt, node, total)
+                board.tell.remote(number, attempt, node_id, address, total)
 
         work, common = pickle.loads(shared)
         try:
@@ -277,6 +331,14 @@ class _Nowhere(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         return len(text)
+
+
+def _dead_nodes() -> set[str]:
+    try:
+        return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    except Exception:
+        # Asked again soon; and who cannot be asked at all ends the tasks as well.
+        return set()
 
 
 def _error(kind: str, message: str, hint: str | None) -> TightfitError:
