@@ -64,7 +64,7 @@ def make_plan(
     """
     chosen = engine(options)
     summary = _summary(spec, name, from_headers=from_headers)
-    spec = _adapted(_Adaptation.of(spec, chosen, options))
+    spec = _adapted(spec, chosen, options)
     parallel = chosen.parallel(options)
     _check_parallel(spec, parallel)
     dtype = chosen.resolve(spec, options).dtype.value
@@ -158,33 +158,21 @@ def _host(
     return chosen.host(spec, resolved, deployed)
 
 
-class _Adaptation(NamedTuple):
-    """What decides how an engine builds a model; a key of a cache."""
-
-    spec: ModelSpec
-    engine: str
-    quantization: str | None
-    media: str
-    make: Callable[[], ModelSpec]
-
-    @classmethod
-    def of(cls, spec: ModelSpec, chosen: Engine, options: PlanOptions) -> "_Adaptation":
-        limits = sorted(options.limit_mm_per_prompt.items(), key=repr)
-        media = f"{limits} {options.language_model_only} {options.mm_encoder_tp_mode}"
-        media += f" {chosen.parallel(options)}"
-        name = f"{chosen.name} {chosen.version}"
-        return cls(spec, name, options.quantization, media, lambda: chosen.adapt(spec, options))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Adaptation) and self[:4] == other[:4]
-
-    def __hash__(self) -> int:
-        return hash(self[:4])
+_ADAPTED: dict[tuple[object, ...], ModelSpec] = {}
+_MOST_ADAPTED = 64
 
 
-@lru_cache(maxsize=64)
-def _adapted(adaptation: _Adaptation) -> ModelSpec:
-    return adaptation.make()
+def _adapted(spec: ModelSpec, chosen: Engine, options: PlanOptions) -> ModelSpec:
+    """The model as the engine builds it, made once for all that decides how."""
+    limits = tuple(sorted(options.limit_mm_per_prompt.items(), key=repr))
+    media = repr(limits), options.language_model_only, options.mm_encoder_tp_mode
+    built = chosen.name, chosen.version, chosen.parallel(options)
+    key = (spec, built, options.quantization, media)
+    if key not in _ADAPTED:
+        if len(_ADAPTED) >= _MOST_ADAPTED:
+            _ADAPTED.clear()
+        _ADAPTED[key] = chosen.adapt(spec, options)
+    return _ADAPTED[key]
 
 
 def _on_device(
