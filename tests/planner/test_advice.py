@@ -116,12 +116,23 @@ def test_a_remedy_that_fails_is_left_out() -> None:
         if changed.tensor_parallel_size > 1:
             raise UsageError("no such layout")
         if changed.enforce_eager:
-            raise AssertionError("a bug of ours")
+            raise UnsupportedModelError("no such mode")
         return make_plan(read_spec("Llama-3.1-8B"), changed, name="x")
 
     found = {one.change for one in advise(replan(options), options, replan)}
     assert "--kv-cache-dtype fp8" in found
     assert not any("tensor-parallel" in one or "eager" in one for one in found)
+
+
+def test_our_own_bugs_are_not_taken_for_refusals() -> None:
+    options = plan_options({"gpu": "rtx4090"})
+    plan = make_plan(read_spec("Llama-3.1-8B"), options, name="x")
+
+    def replan(changed: PlanOptions) -> Plan:
+        raise KeyError(changed.engine)
+
+    with pytest.raises(KeyError):
+        advise(plan, options, replan)
 
 
 @pytest.mark.parametrize("model", MODELS[::7])

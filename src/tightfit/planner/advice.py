@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tightfit.errors import TightfitError
 from tightfit.planner.headroom import shortage_bytes
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Advice, Plan
@@ -77,8 +78,8 @@ def _best(
 def _replanned(options: PlanOptions, step: Step, replan: Replan) -> Plan | None:
     try:
         return replan(replace(options, **step.options))
-    except Exception:
-        # Advice is an addition: whatever is wrong with one remedy must not cost the plan.
+    except TightfitError:
+        # Advice is an addition: a remedy that is refused must not cost the plan.
         return None
 
 
