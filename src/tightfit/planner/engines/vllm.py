@@ -88,18 +88,14 @@ class VLLM(Engine):
             from tightfit.model.quantization.online import quantize_spec
 
             spec = quantize_spec(spec, options.quantization)
-        if spec.quantization is not None and self._minor >= (0, 32):
+        if spec.quantization is not None and self.rules.fits_quantization:
             from tightfit.model.quantization.fit import fit_quantization
 
             spec = fit_quantization(spec, self.parallel(options))
-        if spec.quantization is not None and (refusal := spec.quantization.refusal(self._minor)):
+        refusal = spec.quantization.refusal(self.rules.minor) if spec.quantization else None
+        if refusal:
             raise UnsupportedModelError(refusal, hint="name your version with --engine-version")
         return spec
-
-    @property
-    def _minor(self) -> tuple[int, int]:
-        major, minor = self.rules.version.split(".")[:2]
-        return int(major), int(minor)
 
     def offloaded_bytes(self, spec: ModelSpec, rank: Rank, options: PlanOptions, dtype: str) -> int:
         """`model_executor/offloader/uva.py`: parameters in order, until they reach the limit."""

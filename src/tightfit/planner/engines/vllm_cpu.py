@@ -26,6 +26,7 @@ from tightfit.planner.engines.vllm_host import (
 )
 from tightfit.planner.engines.vllm_kv import latents
 from tightfit.planner.engines.vllm_setting import Setting
+from tightfit.planner.engines.vllm_versions import CpuPool
 from tightfit.planner.options import Option, PlanOptions, Resolved, pick
 from tightfit.planner.plan import Component
 from tightfit.planner.weights import held
@@ -33,8 +34,6 @@ from tightfit.units import GiB, format_bytes
 
 OLD_POOL_BYTES = 4 * GiB
 """Up to 0.12, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
-_KERNEL_BLOCK = 32
-"""CPU_ATTN reads blocks of multiples of so many tokens; windowed layers get no smaller ones."""
 _LATENT_BLOCK = 16
 _TOKENS = {"server": 2048, "llm": 4096}
 _SEQS = {"server": 128, "llm": 256}
@@ -74,7 +73,7 @@ class VLLMCPU(VLLM):
         length = resolved.max_model_len.value
         default = self.default_tokens(spec, options, length, tokens, seqs)
         latent = bool(latents(spec))
-        if latent and self._minor >= (0, 32):
+        if latent and self.rules.cpu_whole_latent_prompts:
             # Without AMX prompts are not chunked, whatever the user asks.
             batched = Option(value=max(length, 2048), origin="engine default")
         else:
@@ -105,21 +104,23 @@ class VLLMCPU(VLLM):
     def _pool(self, options: PlanOptions) -> Option[int | None]:
         """VLLM_CPU_KVCACHE_SPACE overrides the flag; without both, the version decides."""
         asked = _asked_pool(options)
-        if asked is not None and (asked or self._minor >= (0, 20)):
+        pool = self.rules.cpu_pool
+        if asked is not None and (asked or pool is CpuPool.BUDGET):
             return Option(value=asked, origin="flag")
-        if self._minor >= (0, 20):
+        if pool is CpuPool.BUDGET:
             return Option(value=None, origin="engine default")
-        if self._minor >= (0, 15):
+        if pool is CpuPool.HALF:
             return Option(value=self.total_bytes // 2, origin="engine default")
         return Option(value=OLD_POOL_BYTES, origin="engine default")
 
     def _block_size(self, spec: ModelSpec, options: PlanOptions) -> Option[int]:
-        if latents(spec) and self._minor >= (0, 32):
+        if latents(spec) and self.rules.cpu_whole_latent_prompts:
             return Option(value=_LATENT_BLOCK, origin="engine default")
-        size = pick(options.block_size, 128 if self._minor >= (0, 12) else 16)
+        size = pick(options.block_size, self.rules.cpu_block_size)
         windowed = any(getattr(m, "window", None) for layer in spec.layers for m in layer.mixers)
-        if windowed and self._minor >= (0, 32):
-            return Option(value=max(size.value, _KERNEL_BLOCK), origin=size.origin)
+        if windowed:
+            least = self.rules.cpu_window_block_size
+            return Option(value=max(size.value, least), origin=size.origin)
         return size
 
     def components(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> tuple[Component, ...]:
@@ -134,7 +135,7 @@ class VLLMCPU(VLLM):
 
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """`cpu_worker.py: requested_cpu_memory`; before 0.20 nothing but memory itself."""
-        if self._minor < (0, 20):
+        if self.rules.cpu_pool is not CpuPool.BUDGET:
             return device.total_bytes
         return super().budget_bytes(device, parallel, resolved)
 
@@ -143,7 +144,7 @@ class VLLMCPU(VLLM):
 
         What is available depends on other processes, and is left open.
         """
-        if available_bytes > 0 or self._minor < (0, 20):
+        if available_bytes > 0 or self.rules.cpu_pool is not CpuPool.BUDGET:
             return super().refusal(needed_bytes, available_bytes, longest, length)
         total, requested = self.total_bytes / GiB, self.total_bytes * self.utilization / GiB
         return (

@@ -45,6 +45,17 @@ class Captures(Enum):
     """Also the largest batches themselves."""
 
 
+class CpuPool(Enum):
+    """How large the pool of the CPU backend is unless the user says so."""
+
+    FIXED = "fixed"
+    """Some GiB, whatever the machine has."""
+    HALF = "half"
+    """Half of the memory."""
+    BUDGET = "budget"
+    """What the utilization leaves, as on GPUs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """How one version counts."""
@@ -104,6 +115,20 @@ class Rules:
     """The size that the log prints is concurrency times length."""
     hybrid_prefix_caching: bool
     """Prefix caching is on by default for models with recurrent layers."""
+    fits_quantization: bool
+    """Blocks of scales that the layout cuts are made smaller; before, it was refused."""
+    cpu_pool: CpuPool
+    cpu_block_size: int
+    cpu_window_block_size: int
+    """The least that the CPU backend takes for models with a sliding window."""
+    cpu_whole_latent_prompts: bool
+    """Without AMX, latent attention takes prompts whole, in small blocks."""
+
+    @property
+    def minor(self) -> tuple[int, int]:
+        """Major and minor version, to compare."""
+        major, minor, _ = self.version.split(".")
+        return int(major), int(minor)
 
     @property
     def charges_buffers(self) -> bool:
@@ -147,6 +172,11 @@ _0_8_5 = Rules(
     copies_absorbed=False,
     tokens_from_concurrency=False,
     hybrid_prefix_caching=False,
+    fits_quantization=False,
+    cpu_pool=CpuPool.FIXED,
+    cpu_block_size=16,
+    cpu_window_block_size=1,
+    cpu_whole_latent_prompts=False,
 )
 _0_10_2 = replace(
     _0_8_5,
@@ -163,8 +193,9 @@ _0_12_0 = replace(
     full_graphs=True,
     captures=Captures.SIXTEENS,
     padding_ratio=1.25,
+    cpu_block_size=128,
 )
-_0_15_1 = replace(_0_12_0, version="0.15.1", async_scheduling=True)
+_0_15_1 = replace(_0_12_0, version="0.15.1", async_scheduling=True, cpu_pool=CpuPool.HALF)
 _0_19_1 = replace(
     _0_15_1,
     version="0.19.1",
@@ -182,6 +213,7 @@ _0_20_2 = replace(
     utilization=0.92,
     graphs_in_budget=True,
     tokens_from_concurrency=True,
+    cpu_pool=CpuPool.BUDGET,
 )
 _0_22_1 = replace(_0_20_2, version="0.22.1", v2_for="qwen3")
 _0_25_1 = replace(_0_22_1, version="0.25.1", v2_for="dense")
@@ -206,6 +238,9 @@ _0_32_0 = replace(
     large_captures=True,
     large_server_tokens=16384,
     null_block=1,
+    fits_quantization=True,
+    cpu_window_block_size=32,
+    cpu_whole_latent_prompts=True,
 )
 _0_33_0 = replace(_0_32_0, version="0.33.0", small_devices=("a100", "gb10"))
 
@@ -237,7 +272,7 @@ def rules_of(version: str | None) -> Rules:
     if match is None:
         raise UsageError(f"{text!r} is no version of vLLM", hint=f"write it as {DEFAULT_VERSION}")
     major, minor = int(match[1]), int(match[2])
-    older = [rules for rules in _RULES if _minor(rules) <= (major, minor)]
+    older = [rules for rules in _RULES if rules.minor <= (major, minor)]
     if not older:
         raise UsageError(
             f"vLLM {text} is not modelled", hint="modelled: 0.8 to 0.33; see docs/formulas.md"
@@ -248,12 +283,7 @@ def rules_of(version: str | None) -> Rules:
 def is_newer(version: str) -> bool:
     """Whether a version came after the last one whose sources were read."""
     match = re.match(r"v?(\d{1,4})\.(\d{1,4})", version)
-    return match is not None and (int(match[1]), int(match[2])) > _minor(_RULES[-1])
-
-
-def _minor(rules: Rules) -> tuple[int, int]:
-    major, minor, _ = rules.version.split(".")
-    return int(major), int(minor)
+    return match is not None and (int(match[1]), int(match[2])) > _RULES[-1].minor
 
 
 _V2_EXPERTS = {"DeepseekV2ForCausalLM", "Qwen2MoeForCausalLM", "GraniteMoeForCausalLM"}
