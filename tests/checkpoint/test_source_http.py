@@ -97,6 +97,11 @@ def test_nobody_there(server: FileServer) -> None:
         source.exists("config.json")
 
 
+def test_a_server_that_lists_nothing(server: FileServer) -> None:
+    server.listing = False
+    assert FsspecSource(server.url).files() == ["config.json"]
+
+
 def test_a_file_that_changes(server: FileServer) -> None:
     source = FsspecSource(server.url)
     before = source.state("model.safetensors")

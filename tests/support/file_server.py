@@ -64,7 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(503, b"slow down")
             return
         if self.path.endswith("/"):
-            names = sorted(p.name for p in files.directory.iterdir()) if files.listing else []
+            place = files.directory / self.path.strip("/")
+            names = sorted(p.name for p in place.iterdir()) if files.listing else []
             page = "".join(f'<a href="{name}">{name}</a>\n' for name in names)
             self._send(200 if files.listing else 403, page.encode(), {"Content-Type": "text/html"})
             return
@@ -72,12 +73,17 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self._send(404, b"")
             return
-        data, status, headers = path.read_bytes(), 200, {"Accept-Ranges": "bytes"}
+        start, stop, status = 0, path.stat().st_size, 200
+        headers = {"Accept-Ranges": "bytes", "ETag": f'"{path.stat().st_mtime_ns}-{stop}"'}
         if wanted is not None and files.ranges:
             first, last = wanted.removeprefix("bytes=").split("-")
-            stop = min(int(last) + 1 if last else len(data), len(data))
-            headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(data)}"
-            data, status = data[int(first) : stop], 206
+            start, size, status = int(first), stop, 206
+            stop = min(int(last) + 1, size) if last else size
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        with open(path, "rb") as file:
+            file.seek(start)
+            data = file.read(stop - start) if is_get else b""
+        headers["Content-Length"] = str(stop - start)
         broken = is_get and files.breaking and count % files.breaking == 0
         self._send(status, data, headers, broken=bool(broken))
 

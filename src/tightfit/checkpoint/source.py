@@ -25,6 +25,13 @@ _STATE_KEYS = (
 )
 """What stores call that which changes with a file."""
 
+_USUAL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json"),
+    *("merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json"),
+    *("processor_config.json", "video_preprocessor_config.json", "hf_quant_config.json"),
+)
+
 
 class Source(Protocol):
     """A flat place with files; `path` is always relative to it."""
@@ -230,22 +237,42 @@ class FsspecSource:
         return by_ranges(lambda a, b: self._range(path, name, a, b), start, stop)
 
     def files(self) -> list[str]:
-        """Names of the files at the top level, sorted; none where a web server lists none."""
-        from tightfit.checkpoint.store import retrying
+        """Names of the files at the top level, sorted.
+
+        Of a web server that lists nothing, those that models usually have beside their weights.
+        """
+        from tightfit.checkpoint.store import diagnose, retrying
+
+        # Without the slash web servers send somewhere else.
+        place = f"{self._root}/" if self._is_http else self._root
 
         def listing() -> list[dict[str, Any]]:
-            found: list[dict[str, Any]] = self._fs.ls(self._root, detail=True)
+            found: list[dict[str, Any]] = self._fs.ls(place, detail=True)
             return found
 
+        entries: list[dict[str, Any]] = []
         with self._errors("."):
             try:
                 entries = retrying(listing)
             except (FileNotFoundError, NotADirectoryError) as error:
                 self._require_place(error)
-                return []
+            except Exception as error:
+                if not self._is_http or diagnose(error).kind != "denied":
+                    raise
+        if self._is_http and not entries:
+            return self._usual_files()
         names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
         # Of stores that mark directories by an empty object.
         return sorted(name for name in names if name)
+
+    def _usual_files(self) -> list[str]:
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=_AT_A_TIME) as pool:
+            there = pool.map(self.exists, _USUAL_FILES)
+            return sorted(
+                name for name, is_there in zip(_USUAL_FILES, there, strict=True) if is_there
+            )
 
     def local_path(self, path: str) -> None:
         """None: the bytes are elsewhere."""

@@ -27,16 +27,17 @@ def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -
     held = ranks.manifest.files if ranks.manifest is not None else ()
     tensors = [(file.name, tensor) for file in held for tensor in file.tensors]
     progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
-    for file in held:
-        # Once, before several threads ask for it.
-        files.descriptor(file.name)
+    # Opened once, before several threads ask for them.
+    distant = None in [files.descriptor(file.name) for file in held]
     advance = in_turn(progress.advance)
 
     def good(one: tuple[str, StoredTensor]) -> bool:
         name, tensor = one
         return checksum_in(files, name, tensor.offset, tensor.nbytes, advance) == tensor.xxh3
 
-    for (name, tensor), whole in zip(tensors, in_threads(good, tensors), strict=True):
+    for (name, tensor), whole in zip(
+        tensors, in_threads(good, tensors, distant=distant), strict=True
+    ):
         if not whole:
             raise VerificationError(
                 f"{name}: {tensor.name!r} is damaged (its checksum differs)",

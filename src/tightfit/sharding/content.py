@@ -4,6 +4,7 @@ Several tensors are read at once: the kernel copies and xxhash computes without 
 """
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,11 +25,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_READERS = 8
+_BLOCK_BYTES, _BLOCKS = 2**20, 4
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """Results in the order of the items; what has not begun is not done if nobody wants them."""
-    with ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1)) as pool:
+def in_threads(work: Callable[[T], R], items: Iterable[T], *, distant: bool = False) -> Iterator[R]:
+    """Results in the order of the items; what has not begun is not done if nobody wants them.
+
+    What is `distant` makes a thread wait rather than work.
+    """
+    with ThreadPoolExecutor(
+        _MOST_READERS if distant else min(_MOST_READERS, os.cpu_count() or 1)
+    ) as pool:
         yield from pool.map(work, items)
 
 
@@ -72,9 +79,7 @@ def differences(
 
         def difference(there: SourceFiles, file: StoredFile, tensor: StoredTensor) -> str | None:
             missing = [p.source for p in tensor.pieces if p.source not in tensors]
-            same = not missing and equal(
-                partial(there.read, file.name), tensor, tensors, source_files
-            )
+            same = not missing and equal(_reader(there, place, file), tensor, tensors, source_files)
             advance(tensor.nbytes)
             if missing:
                 return f"{source.name} lacks {missing[0]!r}, from which {tensor.name!r} was made"
@@ -89,10 +94,33 @@ def _each_tensor(
     check: Callable[[SourceFiles, StoredFile, StoredTensor], str | None],
 ) -> Iterator[str]:
     with SourceFiles(place) as there:
-        for file in files:
-            there.descriptor(file.name)
+        distant = None in [there.descriptor(file.name) for file in files]
         items = [(file, tensor) for file in files for tensor in file.tensors]
-        yield from filter(None, in_threads(lambda one: check(there, *one), items))
+        yield from filter(None, in_threads(lambda one: check(there, *one), items, distant=distant))
+
+
+def _reader(files: SourceFiles, place: Source, file: StoredFile) -> Callable[[int, int], bytes]:
+    """Reads of a file; of a distant one small ones come out of larger blocks."""
+    read = partial(files.read, file.name)
+    if files.descriptor(file.name) is not None:
+        return read
+    size, blocks = place.size(file.name), OrderedDict[int, bytes]()
+
+    def block(number: int) -> bytes:
+        if number not in blocks:
+            blocks[number] = read(number * _BLOCK_BYTES, min((number + 1) * _BLOCK_BYTES, size))
+            if len(blocks) > _BLOCKS:
+                blocks.popitem(last=False)
+        return blocks[number]
+
+    def through_blocks(start: int, stop: int) -> bytes:
+        if stop - start > _BLOCK_BYTES:
+            return read(start, stop)
+        numbers = range(start // _BLOCK_BYTES, -(-stop // _BLOCK_BYTES))
+        first = start // _BLOCK_BYTES * _BLOCK_BYTES
+        return b"".join(map(block, numbers))[start - first : stop - first]
+
+    return through_blocks
 
 
 def checksum_in(
