@@ -239,6 +239,15 @@ def test_activation_order_is_refused(tmp_path: Path) -> None:
     assert "desc_act" in e.value.message
 
 
+def test_scales_of_heads_are_refused(tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "attn_head"}
+    section = SECTIONS["INT8"] | {"kv_cache_scheme": scheme}
+    model = make_quantized_model("INT8", "dense", tmp_path / "model", quantization_config=section)
+    with pytest.raises(UnsupportedModelError) as e:
+        write_shards(model, tmp_path / "out", 1)
+    assert "its cache has a scale for each head" in e.value.message
+
+
 def test_no_quantized_layers_of_our_own(quantized_model: QuantizedModel, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as e:
         write_shards(quantized_model("INT8", "dense"), tmp_path / "out", 1, layout="builtin")

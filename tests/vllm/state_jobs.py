@@ -59,6 +59,7 @@ def build(job, rank, store, results):
             enforce_eager=True,
             dtype="bfloat16",
             skip_tokenizer_init=True,
+            allow_deprecated_quantization=True,
             load_format="dummy",
             max_model_len=128,
             distributed_executor_backend="mp" if tp * pp > 1 else "uni",
@@ -83,7 +84,8 @@ def build(job, rank, store, results):
             for name, tensor in kept.items()
         }
         if "sharded" in job:
-            answer["different"] = different(model, config, job["sharded"])
+            with set_current_vllm_config(config):
+                answer["different"] = different(model, config, job["sharded"])
     except BaseException as error:
         answer["error"] = f"{type(error).__name__}: {error}"[:500]
     results.put(answer)

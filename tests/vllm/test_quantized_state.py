@@ -4,15 +4,13 @@ Kernels are not chosen, because most are for GPUs: what is compared is the state
 rearrange it.
 """
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support.quantized_models import SECTIONS, make_quantized_model
+from support.vllm_answers import ask
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.header import TensorInfo
@@ -20,16 +18,14 @@ from tightfit.sharding.rank_files import open_rank_files
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
-
-# vLLM 0.32 loads these only on request.
-DEPRECATED = ("fbgemm",)
-PLAIN = [scheme for scheme in SECTIONS if scheme not in (*DEPRECATED, "mxfp4")]
+PLAIN = [scheme for scheme in SECTIONS if scheme != "mxfp4"]
 CASES = [
     *((scheme, "dense", size) for scheme in PLAIN for size in (1, 2)),
     *((scheme, model, 2) for scheme in PLAIN for model in ("experts", "latent")),
     *(("mxfp4", model, size) for model in ("gpt_oss", "odd_gpt_oss") for size in (1, 2)),
 ]
+RUNNING = ("INT8", "FP8_DYNAMIC")
+"""The CPU build has kernels for these everywhere."""
 UNUSED = ("input_scale", "input_global_scale")
 """Of schemes for weights alone: vLLM makes room for them, and leaves there what was in memory."""
 Answer = dict[str, Any]
@@ -53,21 +49,13 @@ def _name(scheme: str, model: str) -> str:
 @pytest.fixture(scope="module")
 def answers(directory: Path) -> dict[tuple[str, str, int], Answer]:
     """One vLLM process builds all models."""
-    assert PYTHON, "TIGHTFIT_VLLM_PYTHON names the interpreter of a vLLM CPU environment"
     jobs = []
     for scheme, model, size in CASES:
         path = directory / _name(scheme, model)
         jobs.append(
             {"directory": str(path), "tp": size, "kernels": False, "sharded": f"{path}-tp{size}"}
         )
-    (directory / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("state_jobs.py")
-    command = [PYTHON, str(script), str(directory / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert len(lines) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
-    found = [json.loads(line.removeprefix("ANSWER ")) for line in lines]
-    return dict(zip(CASES, found, strict=True))
+    return dict(zip(CASES, ask("state_jobs.py", jobs, directory), strict=True))
 
 
 @pytest.mark.parametrize(("scheme", "model", "size"), CASES)
@@ -100,3 +88,26 @@ def test_same_state_as_unsharded(
     weights_alone = scheme in ("modelopt W4A16_NVFP4", "NVFP4A16")
     for names in answer["different"]:
         assert [n for n in names if not (weights_alone and n.endswith(UNUSED))] == []
+
+
+@pytest.fixture(scope="module")
+def tokens(directory: Path) -> dict[tuple[str, str], Answer]:
+    """What vLLM says with the rank files, and without."""
+    jobs = {}
+    for scheme in RUNNING:
+        path = str(directory / _name(scheme, "dense"))
+        jobs[scheme, "unsharded"] = {"directory": path, "load_format": "auto", "tp": 1}
+        for size in (1, 2):
+            job = {"directory": f"{path}-tp{size}", "load_format": "sharded_state", "tp": size}
+            jobs[scheme, f"tp{size}"] = job
+    return dict(zip(jobs, ask("vllm_jobs.py", list(jobs.values()), directory), strict=True))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("scheme", RUNNING)
+def test_same_tokens(tokens: dict[tuple[str, str], Answer], scheme: str, size: int) -> None:
+    reference, sharded = tokens[scheme, "unsharded"], tokens[scheme, f"tp{size}"]
+    assert "error" not in reference, reference["error"]
+    assert "error" not in sharded, sharded["error"]
+    assert sharded["tokens"] == reference["tokens"]
+    assert sharded["logprobs"] == pytest.approx(reference["logprobs"], abs=1e-2)

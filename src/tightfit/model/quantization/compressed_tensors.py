@@ -30,6 +30,9 @@ PLACEHOLDERS = (
     *(Form(kind=kind, dtype="F32", fill=1.0) for kind in ("k_scale", "v_scale", "q_scale")),
     *(Form(kind=kind, dtype=None) for kind in ("k_zero_point", "v_zero_point", "q_zero_point")),
 )
+_SCALES_OF_HEADS = (
+    "its cache has a scale for each head, and vLLM puts others together from them while it loads"
+)
 _CACHE_SCALES = r"\.[kvq]_(scale|zero_point)$|\.[kvq]_proj\.output_(scale|zero_point)$"
 
 
@@ -100,6 +103,8 @@ def read(section: Config, head: str) -> Recipe | None:
     if not rules:
         return None
     reason = "it sorts inputs into groups by activation order, which vLLM 0.32 no longer loads"
+    cache = section.section("kv_cache_scheme")
+    by_head = cache is not None and _Arguments.read(cache).strategy == "attn_head"
     return Recipe(
         name=f"compressed-tensors ({', '.join(dict.fromkeys(names))})",
         rules=tuple(rules),
@@ -107,6 +112,7 @@ def read(section: Config, head: str) -> Recipe | None:
         head=head,
         placeholders=PLACEHOLDERS,
         optional_sources=(_CACHE_SCALES, r"\.weight_g_idx$"),
+        unsharded=_SCALES_OF_HEADS if by_head else None,
         refused=(((0, 32), (1000, 0), reason),) if ordered else (),
     )
 

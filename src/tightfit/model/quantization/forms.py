@@ -47,6 +47,8 @@ class Form:
     """Freed when a kernel has taken its own copy of the weight."""
     only: str | None = None
     """`linear` or `experts`, where the other has none."""
+    scalar: bool = False
+    """An engine holds it without dimensions."""
     fill: float = 0.0
     """What an engine has where the checkpoint has nothing."""
 

@@ -3,6 +3,7 @@
 from tightfit.errors import ConfigError
 from tightfit.model.config import Config
 from tightfit.model.quantization import schemes
+from tightfit.model.quantization.forms import Form
 from tightfit.model.quantization.matching import modules
 from tightfit.model.quantization.modelopt import PLACEHOLDERS
 from tightfit.model.quantization.recipe import Recipe, Rule
@@ -57,7 +58,17 @@ def fbgemm(section: Config) -> Recipe:
     Raises:
         ConfigError: a value is malformed.
     """
-    forms = schemes.per_channel(schemes.FP8, static=False, scale_dtype="F32")
+    bound = Form(
+        kind="input_scale_ub",
+        dtype="F32",
+        rows=0,
+        columns=None,
+        stored=False,
+        shared=True,
+        scalar=True,
+        fill=section.number("activation_scale_ub", default=0.0),
+    )
+    forms = (*schemes.per_channel(schemes.FP8, static=False, scale_dtype="F32"), bound)
     return Recipe(
         name="fbgemm_fp8",
         rules=(Rule(forms=forms, everything=True),),

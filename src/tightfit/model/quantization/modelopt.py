@@ -13,7 +13,7 @@ from tightfit.model.quantization.matching import Names, modules
 from tightfit.model.quantization.recipe import Recipe, Rule
 
 PLACEHOLDERS = tuple(
-    Form(kind=kind, dtype=None, columns=None, fill=-1.0)
+    Form(kind=kind, dtype=None, scalar=True, fill=-1.0)
     for kind in ("q_scale", "k_scale", "v_scale", "prob_scale")
 )
 _OPTIONAL = (r"\.[kvq]_proj\.[kvq]_scale$|\.[kvq]_scale$|_quantizer\.", r"\.input_scale$")

@@ -43,6 +43,8 @@ class Recipe(Quantization):
     latent_placeholders: bool = False
     """Beside layers of latent attention as well."""
     optional_sources: tuple[str, ...] = ()
+    unsharded: str | None = None
+    """Why no rank files can be made of it, though vLLM loads it."""
     refused: tuple[tuple[tuple[int, int], tuple[int, int], str], ...] = ()
     """First version, version after the last, and why those versions do not load it."""
 

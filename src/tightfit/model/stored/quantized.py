@@ -35,6 +35,12 @@ def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
     recipe = spec.quantization
     if recipe is None:
         return
+    if spec.towers:
+        raise UnsupportedModelError(
+            f"sharding quantized checkpoints of {spec.architecture} is not supported: what vLLM "
+            "quantizes of its towers has not been verified",
+            hint="shard the unquantized model, or a text model",
+        )
     if layout.uneven:
         raise UnsupportedModelError(
             f"the layout {layout.name} has no quantized layers",
@@ -44,6 +50,11 @@ def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
         raise UnsupportedModelError(
             f"sharding checkpoints in {recipe.name} is not supported",
             hint="plan it with `tightfit plan`",
+        )
+    if recipe.unsharded is not None:
+        raise UnsupportedModelError(
+            f"sharding this {recipe.name} checkpoint is not supported: {recipe.unsharded}",
+            hint="vLLM loads the checkpoint as it is",
         )
     reason = recipe.refusal(_VERSION)
     if reason is not None:
@@ -95,6 +106,8 @@ def quantized_tensors(
 def _as_held(form: Form, held: Weight, tensor: RankTensor, dtype: str) -> RankTensor:
     if not form.stored:
         tensor = replace(tensor, dtype=held.held_dtype(dtype), pieces=())
+    if form.scalar:
+        tensor = replace(tensor, shape=())
     if held.transposed:
         tensor = _turned(tensor)
     if held.experts and not form.rows and form.columns is None and tensor.shape[-1] == 1:
@@ -121,7 +134,7 @@ def placeholders(recipe: Recipe, attention: str, dtype: str) -> Iterator[RankTen
     if attention.endswith(_LATENT) and not recipe.latent_placeholders:
         return
     for form in recipe.placeholders:
-        shape = () if form.columns is None else (form.count,)
+        shape = () if form.scalar else (form.count,)
         zeros = tuple(0 for _ in shape)
         yield RankTensor(
             name=f"{attention}.{form.kind}",
