@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.tiny_families import FAMILIES
+from support.tiny_media import MEDIA
 from support.tiny_models import RECIPES
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
@@ -65,7 +66,7 @@ def cut(model: Path, out: Path, size: int, layout: str, stages: int = 1) -> bool
     return True
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *FAMILIES])
+@pytest.mark.parametrize("name", [*RECIPES, *FAMILIES, *MEDIA])
 def test_there_and_back(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model(name)
     source = stored(model)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from support.tiny_families import FAMILIES
+from support.tiny_media import MEDIA, write_media_model
 
 VOCAB_SIZE = 259
 _COMMON: dict[str, Any] = {
@@ -97,6 +98,8 @@ NAMES = tuple(RECIPES)
 
 def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> Path:
     """Write the tiny checkpoint `name` to `directory`; the same name gives the same bytes."""
+    if name in MEDIA:
+        return write_media_model(name, directory, dtype=dtype)
     import torch
     import transformers as T
 
@@ -106,9 +109,7 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
     values = {key: value for key, value in changes.items() if key != "own"}
     config = getattr(T, config_class)(**(values if own else _COMMON | values))
     config.dtype = getattr(torch, dtype)
-    several = "vision_config" in changes
-    kind = T.AutoModelForImageTextToText if several else T.AutoModelForCausalLM
-    model = kind.from_config(config, dtype=config.dtype)
+    model = T.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -174,7 +174,8 @@ def _weights(spec: ModelSpec) -> Iterator[Weight]:
             where = Stage.EVERY if everywhere else Stage.LAST
         yield from norm(names.norm, spec.hidden_size, where, bias=spec.norm_bias)
     if not tied:
-        yield table(names.head, Stage.LAST)
+        head = table(names.head, Stage.LAST)
+        yield replace(head, where=Stage.LAST) if spec.every_stage_has_head is False else head
     if spec.head_bias and not spec.pooling:
         part = Part(source=f"{names.head}.bias", rows=spec.vocab_size, axis=vocab)
         name = f"{names.head}.bias"

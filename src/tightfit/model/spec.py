@@ -104,6 +104,8 @@ class ModelSpec:
     """Width of the embedding and the head, where it is not hidden_size: OPT 350M."""
     every_stage_has_ends: bool = False
     """vLLM builds embedding, last norm and head on all pipeline stages: GPT-2, Command-R."""
+    every_stage_has_head: bool | None = None
+    """The same of the head alone, where it differs from the other ends: Qwen3.5."""
     every_stage_has_norm: bool | None = None
     """The same of the last norm alone, where it differs from the other ends: Gemma 2."""
     pooling: bool = False

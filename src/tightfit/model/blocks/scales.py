@@ -1,4 +1,4 @@
-"""Learned scales around a router: Gemma 4."""
+"""Scales of a layer and around its router: Gemma 4."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,3 +19,12 @@ class RouterScales(Block):
         at = place.inside("router").prefix
         yield vector(f"{at}.scale", place.hidden_size, place.where)
         yield vector(f"{at}.per_expert_scale", self.num_experts, place.where)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerScalar(Block):
+    """What the output of a layer is multiplied by; checkpoints hold it as a buffer."""
+
+    def weights(self, place: Place) -> Iterator[Weight]:
+        """`layer_scalar`, one element."""
+        yield vector(f"{place.prefix}.layer_scalar", 1, place.where)

@@ -66,7 +66,8 @@ def spec(config: Config) -> ModelSpec:
         norm_style=NormStyle.SANDWICH,
         norm_unit_offset=True,
         has_lm_head_module=third,
-        every_stage_has_norm=None if third else True,
+        every_stage_has_ends=third,
+        every_stage_has_norm=True,
         embedding_scale=math.sqrt(hidden_size),
         logits_softcap=None
         if caps is None

@@ -13,4 +13,4 @@ def spec(config: Config) -> ModelSpec:
     """The decoder is Gemma 3's; what its config leaves out is as in `Gemma3TextConfig`."""
     text = text_spec(config, "Gemma3ForCausalLM")
     tower = gemma3_tower(config, text.hidden_size)
-    return nested(text, "language_model.model", "language_model.lm_head", (tower,))
+    return nested(text, "language_model.model", "language_model.lm_head", (tower,), verified=True)

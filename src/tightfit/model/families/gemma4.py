@@ -8,7 +8,7 @@ from tightfit.model.blocks.attention import Attention, Projections, QKNorm, Rope
 from tightfit.model.blocks.base import Block
 from tightfit.model.blocks.mlp import ExpertNames, MoE
 from tightfit.model.blocks.per_layer_input import PerLayerInput, per_layer_tables
-from tightfit.model.blocks.scales import RouterScales
+from tightfit.model.blocks.scales import LayerScalar, RouterScales
 from tightfit.model.config import Config
 from tightfit.model.families import decoder, text_spec
 from tightfit.model.families.nested import nested
@@ -32,7 +32,7 @@ _DEFAULTS = {
     "sliding_window": 512,
     "tie_word_embeddings": True,
 }
-IGNORED = (r"\.layer_scalar$", r"\.(in|out)put_(min|max)$", r"\.std_(bias|scale)$")
+IGNORED = (r"\.(in|out)put_(min|max)$", r"\.std_(bias|scale)$")
 """Buffers of a few elements."""
 
 
@@ -56,7 +56,9 @@ def _text(config: Config) -> ModelSpec:
     sliding[-1] = False
     shared = decoder.num_kv_shared_layers(config, default=0)
     size = config.integer("hidden_size_per_layer_input", default=256, minimum=0)
-    extras: tuple[Block, ...] = (PerLayerInput(size=size),) if size else ()
+    extras: tuple[Block, ...] = (LayerScalar(),)
+    if size:
+        extras += (PerLayerInput(size=size),)
     experts = _experts(config)
     norms = NORMS[NormStyle.SANDWICH]
     if experts is not None:
@@ -88,6 +90,7 @@ def _text(config: Config) -> ModelSpec:
         tuple(alike[local, i >= count - shared] for i, local in enumerate(sliding)),
         default_tied=True,
         norm_style=NormStyle.SANDWICH,
+        every_stage_has_ends=True,
         embedding_scale=math.sqrt(hidden),
         logits_softcap=None
         if config.raw("final_logit_softcapping") is None

@@ -15,4 +15,5 @@ _DEFAULTS = {"attention_bias": True, "num_nextn_predict_layers": 0}
 def spec(config: Config) -> ModelSpec:
     """The decoder is GLM-4.5's."""
     text = text_spec(config, "Glm4MoeForCausalLM", defaults=_DEFAULTS)
-    return nested(text, "model.language_model", "lm_head", (glm4v_tower(config),))
+    tower = glm4v_tower(config)
+    return nested(text, "model.language_model", "lm_head", (tower,), verified=True)

@@ -13,4 +13,4 @@ def spec(config: Config) -> ModelSpec:
     """The decoder is Llama 4's own."""
     text = text_spec(config, "Llama4ForCausalLM")
     tower = llama4_tower(config, text.hidden_size)
-    return nested(text, "language_model.model", "language_model.lm_head", (tower,))
+    return nested(text, "language_model.model", "language_model.lm_head", (tower,), verified=True)

@@ -41,5 +41,6 @@ def spec(config: Config) -> ModelSpec:
         )
     decoder = text_spec(config, _TEXT[kind], defaults=_LLAMA if kind == "llama" else {})
     tower = llava_tower(config, decoder.hidden_size)
-    model = nested(decoder, "language_model.model", "language_model.lm_head", (tower,))
+    at = "language_model"
+    model = nested(decoder, f"{at}.model", f"{at}.lm_head", (tower,), verified=True)
     return replace(model, ignored_sources=(*model.ignored_sources, r"\.position_ids$"))

@@ -22,4 +22,4 @@ def spec(config: Config) -> ModelSpec:
         raise UnsupportedModelError(f"a text model of type {kind!r} in Mistral 3 is not modelled")
     text = text_spec(config, "MistralForCausalLM")
     tower = mistral3_tower(config, text.hidden_size)
-    return nested(text, "language_model.model", "language_model.lm_head", (tower,))
+    return nested(text, "language_model.model", "language_model.lm_head", (tower,), verified=True)

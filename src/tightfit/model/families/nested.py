@@ -7,8 +7,13 @@ from tightfit.model.spec import ModelSpec
 from tightfit.model.towers.base import Tower
 
 
-def nested(spec: ModelSpec, inner: str, head: str, towers: tuple[Tower, ...]) -> ModelSpec:
-    """The decoder with `model.` called `inner.`, its `lm_head` called `head`, and towers."""
+def nested(
+    spec: ModelSpec, inner: str, head: str, towers: tuple[Tower, ...], *, verified: bool = False
+) -> ModelSpec:
+    """The decoder with `model.` called `inner.`, its `lm_head` called `head`, and towers.
+
+    `verified` says that vLLM's names of all of it are known (`stored.media`).
+    """
 
     def name(old: str) -> str:
         return f"{inner}.{old.removeprefix('model.')}"
@@ -29,5 +34,5 @@ def nested(spec: ModelSpec, inner: str, head: str, towers: tuple[Tower, ...]) ->
         ),
         extras=tuple(map(renamed, spec.extras)),
         towers=towers,
-        verified_for_sharding=False,
+        verified_for_sharding=verified,
     )

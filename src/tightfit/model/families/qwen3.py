@@ -29,7 +29,7 @@ def spec(config: Config) -> ModelSpec:
             f"a sliding window (use_sliding_window, {size}) in Qwen3MoeForCausalLM is not modelled"
         )
     if moe:
-        return decoder.model(config, _moe_layers(config, attention))
+        return decoder.model(config, _moe_layers(config, attention), every_stage_has_ends=True)
     layers = decoder.windowed(
         config,
         attention,

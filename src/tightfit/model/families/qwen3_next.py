@@ -75,6 +75,7 @@ def spec(config: Config) -> ModelSpec:
         tuple(alike[pair] for pair in zip(kinds, mlps, strict=True)),
         norm_unit_offset=True,
         every_stage_has_ends=True,
+        every_stage_has_head=None if architecture.startswith("Qwen3Next") else False,
         every_stage_has_norm=False,
         verified_for_sharding=architecture == "Qwen3NextForCausalLM",
         ignored_sources=(r"(^|\.)mtp\.",),

@@ -42,7 +42,7 @@ def spec(config: Config) -> ModelSpec:
     if architecture == "Qwen3VLMoeForConditionalGeneration":
         text = replace(text, layers=tuple(map(_stacked, text.layers)))
     tower = qwen3_tower(config, kind.deepstack)
-    return nested(text, "model.language_model", "lm_head", (tower,))
+    return nested(text, "model.language_model", "lm_head", (tower,), verified=True)
 
 
 def _stacked(layer: Layer) -> Layer:

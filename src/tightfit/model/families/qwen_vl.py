@@ -17,4 +17,4 @@ def spec(config: Config) -> ModelSpec:
     second = config.strings("architectures")[0] == "Qwen2VLForConditionalGeneration"
     tower = qwen2_tower(config) if second else qwen2_5_tower(config)
     model_type = config.text("model_type", default="")
-    return replace(text, towers=(tower,), model_type=model_type, verified_for_sharding=False)
+    return replace(text, towers=(tower,), model_type=model_type, verified_for_sharding=True)

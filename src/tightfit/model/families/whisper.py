@@ -75,7 +75,6 @@ def spec(config: Config) -> ModelSpec:
             head="proj_out",
             layer_norms=("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
         ),
-        verified_for_sharding=False,
     )
     return replace(
         model, extras=(parameter("model.decoder.embed_positions.weight", positions, hidden),)

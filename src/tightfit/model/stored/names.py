@@ -105,7 +105,14 @@ _SPECIAL: Mapping[str, FamilyNames] = {
 
 
 def family_names(architecture: str) -> FamilyNames:
-    """The names of a family; most have our own, but for the experts'."""
+    """The names of a family, alone or with towers."""
+    from tightfit.model.stored.media import MEDIA
+
+    return MEDIA.get(architecture) or text_names(architecture)
+
+
+def text_names(architecture: str) -> FamilyNames:
+    """The names of a decoder; most have our own, but for the experts'."""
     return _SPECIAL.get(architecture, _PLAIN)
 
 

@@ -20,10 +20,11 @@ def rank_tensors(spec: ModelSpec, rank: Rank, layout: StoredLayout) -> tuple[Ran
         LayoutError: the model cannot be cut that way.
     """
     names = layout.family(spec.architecture)
+    unbuilt = frozenset(name for tower in spec.towers for name in tower.unbuilt)
     return tuple(
         one
         for weight in plain_parameters(spec)
-        if on_rank(weight, rank, spec.num_layers)
+        if on_rank(weight, rank, spec.num_layers) and weight.name not in unbuilt
         for one in _tensors(weight, spec, rank, names)
     )
 
@@ -57,8 +58,9 @@ def _stored_name(name: str, spec: ModelSpec, rank: Rank, names: FamilyNames) -> 
     embedding = f"{spec.names.embedding}.weight"
     if name == embedding and spec.tie_word_embeddings and spec.has_lm_head_module:
         last = rank.pp_rank == rank.parallel.pipeline_parallel_size - 1
-        if last or spec.every_stage_has_ends:
-            return min(_renamed(embedding, names), f"{spec.names.head}.weight")
+        everywhere = spec.every_stage_has_ends and spec.every_stage_has_head is not False
+        if last or everywhere:
+            return min(_renamed(one, names) for one in (embedding, f"{spec.names.head}.weight"))
     return _renamed(name, names)
 
 

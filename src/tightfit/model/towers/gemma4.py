@@ -17,8 +17,8 @@ from tightfit.model.towers.conformer import conformer4
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
+    apart,
     parameter,
-    uncut,
     vision_attention,
     vision_mlp,
 )
@@ -140,7 +140,8 @@ def _vision(vision: Config, text_hidden_size: int) -> Tower:
         positions = vision.integer("position_embedding_size")
         yield parameter(f"{at}.position_embedding_table", 2, positions, hidden)
         yield from replicated(f"{at}.input_proj", rows=hidden, columns=3 * patch**2, where=WHERE)
-        yield from map(uncut, layers.weights())
+        for weight in layers.weights():
+            yield from apart(weight)
         yield from replicated(
             "model.embed_vision.embedding_projection",
             rows=text_hidden_size,

@@ -145,3 +145,9 @@ def uncut(weight: Weight) -> Weight:
     """The weight, whole on every rank: `mm_encoder_tp_mode="data"`, or a plain `nn.Linear`."""
     parts = tuple(replace(part, axis=None) for part in weight.parts)
     return replace(weight, cut=Cut.NONE, parts=parts, input_axis=None)
+
+
+def apart(weight: Weight) -> Iterator[Weight]:
+    """The parts of a weight as plain `nn.Linear`s, as transformers' own modules have them."""
+    for part in uncut(weight).parts:
+        yield replace(uncut(weight), name=part.source, parts=(part,))
