@@ -6,6 +6,8 @@ recipe starts with "own", nothing of the common sizes applies.
 
 from typing import Any
 
+from support.tiny_media import MEDIA
+
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _ROUTED: dict[str, Any] = {
     **_EXPERTS,
@@ -45,26 +47,6 @@ _MAMBA2: dict[str, Any] = {
     "state_size": 32,
     "n_groups": 2,
     "expand": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_VISION: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
-_TEXT: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -390,58 +372,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_n_groups": 1,
         },
     ),
-    "gemma3_mm": (
-        "Gemma3Config",
-        {
-            "own": True,
-            "text_config": {
-                **_TEXT,
-                "head_dim": 64,
-                "query_pre_attn_scalar": 32,
-                "sliding_window": 16,
-            },
-            "vision_config": _VISION,
-            "mm_tokens_per_image": 4,
-            "boi_token_index": 250,
-            "eoi_token_index": 251,
-            "image_token_index": 252,
-        },
-    ),
-    "llava": (
-        "LlavaConfig",
-        {
-            "own": True,
-            "text_config": {**_TEXT, "model_type": "llama"},
-            "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 64},
-            "image_token_index": 252,
-        },
-    ),
-    "qwen2_5_vl": (
-        "Qwen2_5_VLConfig",
-        {
-            "own": True,
-            "text_config": {
-                **_TEXT,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "mrope_section": [4, 6, 6],
-                    "rope_theta": 1e4,
-                },
-            },
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 64,
-                "intermediate_size": 96,
-                "num_heads": 2,
-                "out_hidden_size": 128,
-                "fullatt_block_indexes": [1],
-            },
-            "image_token_id": 252,
-            "video_token_id": 253,
-            "vision_start_token_id": 250,
-            "vision_end_token_id": 251,
-        },
-    ),
 }
 
 UNSHARDED = (
@@ -449,17 +379,18 @@ UNSHARDED = (
     "bamba",  # vLLM 0.32 has no class for it
     "dbrx",
     "ernie45_moe",
-    "gemma3_mm",
+    "gemma4_mm",
+    "gemma4_moe",
+    "gemma4_small",
     "glm",  # cut otherwise by way of transformers' class
     "gpt_bigcode",
+    "kimi_k25",
     "lfm2",
-    "llava",
     "minimax_m2",
     "mpt",
     "persimmon",  # vLLM does not cut it
     "phi",  # vLLM has the bias of the head only after it loaded a plain checkpoint
-    "qwen2_5_vl",
 )
 """What is refused: vLLM's names of these are not known, or its CPU build cannot build them."""
 
-SHARDED = tuple(name for name in FAMILIES if name not in UNSHARDED)
+SHARDED = tuple(name for name in (*FAMILIES, *MEDIA) if name not in UNSHARDED)
