@@ -122,7 +122,8 @@ def test_interrupted(
     complete = {key for key in there if key.endswith(".safetensors")}
     assert "tightfit-manifest.json" not in there
     assert 0 < len(complete) < len(job.parts)
-    assert {f"tightfit-{name}.json" for name in complete} == there - complete
+    ranks = {name: name.split("-")[2] for name in complete}
+    assert {f"tightfit-rank-{ranks[n]}-{n}.json" for n in complete} == there - complete
     assert said == [
         f"{len(complete)} of {len(job.parts)} files are complete in {url}, and the same command "
         "with --resume goes on"

@@ -31,10 +31,16 @@ class RemoteDirectory:
     Raises:
         MissingExtraError: the protocol needs s3fs.
         ConfigError: the protocol is unknown, needs another package, or cannot be reached.
+        OutputError: it is for reading only.
     """
 
     def __init__(self, url: str) -> None:
         self.label = url.rstrip("/")
+        if url.startswith(("http://", "https://")):
+            raise OutputError(
+                f"nothing can be written to {self.label}: web servers are for reading",
+                hint="give a directory, or the address of a store (s3://, gs://, abfs://)",
+            )
         self.source = FsspecSource(url)
         self._fs, self._root = self.source.place
         self._protocol = url.split("://")[0].rsplit("::")[-1]

@@ -14,7 +14,7 @@ from typing import Any
 from tightfit.checkpoint.source import Source
 from tightfit.errors import UsageError, VerificationError
 
-_OURS = re.compile(r"tightfit-rank-(\d{1,6})\.(json|journal)")
+_OURS = re.compile(r"tightfit-rank-(\d{1,6})(?:\.(json|journal)|-.*\.json)")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _LARGEST_BYTES = 2**30
 _LONGEST_LINE_BYTES = 2**20
@@ -45,6 +45,11 @@ def rank_manifest(rank: int) -> str:
 def rank_journal(rank: int) -> str:
     """Name of the journal of a rank that is being written."""
     return f"tightfit-rank-{rank}.journal"
+
+
+def part_note(rank: int, part: str) -> str:
+    """Name of what vouches for one complete file of a rank, on distant stores."""
+    return f"tightfit-rank-{rank}-{part}.json"
 
 
 def arrived(source: Source) -> Arrived:

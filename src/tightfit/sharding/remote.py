@@ -28,7 +28,7 @@ from tightfit.sharding.job import ShardJob
 from tightfit.sharding.manifest import Manifest, manifest_of
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress
-from tightfit.sharding.ranks import rank_manifest
+from tightfit.sharding.ranks import part_note, rank_manifest
 from tightfit.sharding.shard import Checksums, config_to_write, manifest_for
 from tightfit.sharding.side_files import side_files
 from tightfit.sharding.stream import SourceFiles
@@ -162,11 +162,13 @@ class Upload:
             )
         sums = {one.tensor.name: self.checksums[part.name, one.tensor.name] for one in part.placed}
         note = {"sources": states, "state": state, "xxh3": sums}
-        self.place.write(note_name(part), [encoded({"job": dict(self.job.identity)}, note)])
+        self.place.write(
+            part_note(part.rank.rank, part.name), [encoded({"job": dict(self.job.identity)}, note)]
+        )
         self.done.add(part.name)
 
     def _prove(self, names: set[str], states: States, progress: Progress) -> None:
-        noted = [p for p in self.job.parts if {p.name, note_name(p)} <= names]
+        noted = [p for p in self.job.parts if {p.name, part_note(p.rank.rank, p.name)} <= names]
         if not noted:
             return
         progress.phase("checking", 0)
@@ -180,7 +182,7 @@ class Upload:
     def _proof(self, part: Part, states: States) -> Mapping[str, str] | None:
         """The checksums of a part that is as its note says; None if that is not proven."""
         try:
-            note = _document(self.place, note_name(part), 1)
+            note = _document(self.place, part_note(part.rank.rank, part.name), 1)
             state = self.place.source.state(part.name)
         except (CheckpointError, VerificationError):
             return None
@@ -201,11 +203,6 @@ class Upload:
         for at in range(one.offset, end, BLOCK_BYTES):
             digest.update(self.place.source.read(part.name, at, min(at + BLOCK_BYTES, end)))
         return digest.hexdigest()
-
-
-def note_name(part: Part) -> str:
-    """Where the completion of a part is noted."""
-    return f"tightfit-{part.name}.json"
 
 
 def source_states(source: Source, files: Iterable[str]) -> States:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.checkpoint.describe import require_weights
+from tightfit.checkpoint.describe import require_weights, with_modelopt
 from tightfit.checkpoint.files import MANIFEST, find_weights
 from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
@@ -120,7 +120,7 @@ def _structure(source: Source, config: dict[str, object], manifest: Manifest) ->
     """Does the manifest describe what this layout demands of this config?"""
     yield from stray_files(source, manifest)
     try:
-        spec = model_spec(config)
+        spec = model_spec(with_modelopt(config, source))
         layout = stored_layout(manifest.layout)
         parallel = manifest.parallel(uneven=layout.uneven)
         shapes = {
