@@ -3,6 +3,7 @@
 Names, shapes and dtypes are held against vLLM itself in `tests/vllm/test_quantized_state.py`.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -246,6 +247,17 @@ def test_scales_of_heads_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as e:
         write_shards(model, tmp_path / "out", 1)
     assert "its cache has a scale for each head" in e.value.message
+
+
+def test_modelopt_beside_the_config(tmp_path: Path) -> None:
+    model = make_quantized_model("modelopt FP8", "dense", tmp_path / "model")
+    config = json.loads((model / "config.json").read_bytes())
+    section = config.pop("quantization_config")
+    nested = {"quant_algo": section["quant_algo"], "exclude_modules": section["ignore"]}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": nested}))
+    write_shards(model, tmp_path / "out", 2)
+    verified(tmp_path / "out", model)
 
 
 def test_no_quantized_layers_of_our_own(quantized_model: QuantizedModel, tmp_path: Path) -> None:

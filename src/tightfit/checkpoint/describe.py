@@ -8,6 +8,7 @@ from typing import Any
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import read_config
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError, UnknownArchitectureError
 from tightfit.model.aliases import aligned
 from tightfit.model.families import model_spec
@@ -44,7 +45,7 @@ def describe(checkpoint: Checkpoint) -> Description:
         CheckpointError: a tensor is missing, or is not what config.json says.
     """
     try:
-        spec = model_spec(_with_modelopt(checkpoint))
+        spec = model_spec(with_modelopt(checkpoint.config, checkpoint.source))
     except UnknownArchitectureError as error:
         from tightfit.checkpoint.unknown import unknown_spec
 
@@ -67,12 +68,11 @@ def describe(checkpoint: Checkpoint) -> Description:
     return Description(spec=spec, from_headers=True, warnings=warnings)
 
 
-def _with_modelopt(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def with_modelopt(config: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
     """The config, with the quantization that ModelOpt writes into a file beside it."""
-    config = checkpoint.config
-    if config.get("quantization_config") is not None or not checkpoint.source.exists(_MODELOPT):
+    if config.get("quantization_config") is not None or not source.exists(_MODELOPT):
         return config
-    section = {**read_config(checkpoint.source, _MODELOPT), "quant_method": "modelopt"}
+    section = {**read_config(source, _MODELOPT), "quant_method": "modelopt"}
     return {**config, "quantization_config": section}
 
 
