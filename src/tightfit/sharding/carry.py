@@ -8,7 +8,9 @@ several tensors is gathered in the same way.
 import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import gcd
+from threading import Lock
 from typing import Protocol
 
 from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
@@ -16,15 +18,17 @@ from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.gather import Gather, Slices
 from tightfit.sharding.parts import PAGE_BYTES
 from tightfit.sharding.stream import BUFFER_BYTES, Batch, SourceFiles, batches
-from tightfit.sharding.turns import GAP_BYTES, turned
+from tightfit.sharding.turns import GAP_BYTES, Rows, block_of_rows, turned
 from tightfit.units import dtype_bytes
 
 _MOST_SLICES = 8192
 """Of a block: each is an object of 200 bytes, and they are kept for the next tensor."""
 _MOST_LAYOUTS = 4
 _COPY_BYTES = 2**22
-_BUFFERS_OF_TURNS = 2
+_BUFFERS_OF_TURNS = 8
 """Buffers that a block of rows to be turned may fill: more rows make longer writes."""
+
+_turning = Lock()
 
 Column = tuple[int, int]
 """Where in a row a slice begins, and its bytes."""
@@ -146,20 +150,35 @@ class Carrier:
     def _turn(self, file: str, base: int, stride: int, rows: int, turns: Sequence[Turn]) -> None:
         apart = stride + GAP_BYTES
         block = min(rows, max(1, _BUFFERS_OF_TURNS * self._nbytes // apart))
-        buffer = memoryview(bytearray(block * apart))
-        views = [buffer[i * apart : i * apart + stride] for i in range(block)]
-        for first in range(0, rows, block):
-            count = min(block, rows - first)
-            self._files.read_into(file, batches(views[:count]), base + first * stride)
-            for turn in turns:
-                column = turn.source_offset - base
-                lines = turned(buffer, turn, count, column, apart)
-                width = count * turn.item_bytes
-                at = turn.target_offset + first * turn.item_bytes
-                if width == turn.target_stride:
-                    self._sink.put(turn.target, at, lines, aligned=False)
-                else:
-                    self._sink.put_lines(turn.target, at, turn.target_stride, lines, width)
+        # Such blocks are large: one at a time.
+        with _turning:
+            data = block_of_rows(turns[0], block, apart)
+            view = memoryview(data).cast("B")
+            layout = [view[i * apart : i * apart + stride] for i in range(block)]
+            for first in range(0, rows, block):
+                count = min(block, rows - first)
+                self._files.read_into(file, batches(layout[:count]), base + first * stride)
+                for turn in turns:
+                    self._put_turned(data, turn, first, count, turn.source_offset - base, apart)
+
+    def _put_turned(
+        self, data: Rows, turn: Turn, first: int, count: int, column: int, apart: int
+    ) -> None:
+        item, width = turn.item_bytes, count * turn.item_bytes
+        at = turn.target_offset + first * item
+        step = max(1, self._nbytes // width)
+        # As many lines as keep what is written at pages.
+        step = step // PAGE_BYTES * PAGE_BYTES or 2 ** (step.bit_length() - 1)
+        columns = turn.row_bytes // item
+        for i in range(0, columns, step):
+            some = replace(turn, row_bytes=min(step, columns - i) * item)
+            into = self._buffer[: count * some.row_bytes] if self._nbytes >= width else None
+            lines = turned(data, some, count, column + i * item, stride=apart, into=into)
+            place = at + i * turn.target_stride
+            if width == turn.target_stride:
+                self._sink.put(turn.target, place, lines, aligned=into is not None)
+            else:
+                self._sink.put_lines(turn.target, place, turn.target_stride, lines, width)
 
     def _decay(self, file: str, decay: Decay) -> None:
         size, block = dtype_bytes(decay.dtype), max(1, self._nbytes // 8)

@@ -7,7 +7,7 @@ same few lines of a processor's cache. So rows to be turned are better read with
 from array import array
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from tightfit.sharding.copies import Turn
 
@@ -19,43 +19,62 @@ _TILE_ROWS, _TILE_COLUMNS = 512, 32
 _WORTH_NUMPY = 2**20
 """Bytes to turn from which on importing numpy pays."""
 
+Rows: TypeAlias = "bytes | memoryview | array[int]"
+
+
+def block_of_rows(turn: Turn, count: int, stride: int) -> "array[int]":
+    """Memory for rows `stride` bytes apart, in the form in which they are turned fastest."""
+    kind = _ITEMS[turn.item_bytes]
+    return array(kind, [0]) * (count * stride // turn.item_bytes)
+
 
 def turned(
-    data: bytes | memoryview, turn: Turn, count: int, column: int, stride: int | None = None
+    data: Rows,
+    turn: Turn,
+    count: int,
+    column: int,
+    *,
+    stride: int | None = None,
+    into: memoryview | None = None,
 ) -> memoryview:
     """Columns of `count` rows in `data`, one after the other.
 
-    `column` is the first one's byte. Rows are `stride` bytes apart, or as in the source.
+    `column` is the first one's byte. Rows are `stride` bytes apart, or as in the source. `into` is
+    where they go, of exactly their size; a new buffer if it is not given.
     """
+    found = memoryview(bytearray(count * turn.row_bytes)) if into is None else into
     stride = turn.source_stride if stride is None else stride
     numpy = _numpy() if count * turn.row_bytes >= _WORTH_NUMPY else None
-    if numpy is None:
-        return _by_columns(data, turn, count, column, stride)
     item = turn.item_bytes
     columns = turn.row_bytes // item
+    if numpy is None:
+        _by_columns(data, turn, count, column, stride, found)
+        return found
     rows = numpy.ndarray(
         (count, columns), f"u{item}", buffer=data, offset=column, strides=(stride, item)
     )
-    found = numpy.empty((columns, count), f"u{item}")
+    lines = numpy.ndarray((columns, count), f"u{item}", buffer=found)
     for i in range(0, count, _TILE_ROWS):
         for j in range(0, columns, _TILE_COLUMNS):
             tile = rows[i : i + _TILE_ROWS, j : j + _TILE_COLUMNS]
-            found[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS] = tile.T
-    return memoryview(found.reshape(-1)).cast("B")
+            lines[j : j + _TILE_COLUMNS, i : i + _TILE_ROWS] = tile.T
+    return found
 
 
 def _by_columns(
-    data: bytes | memoryview, turn: Turn, count: int, column: int, stride: int
-) -> memoryview:
+    data: Rows, turn: Turn, count: int, column: int, stride: int, found: memoryview
+) -> None:
     item, kind = turn.item_bytes, _ITEMS[turn.item_bytes]
-    # Slices of an array are several times as fast as those of a memoryview.
-    source = array(kind)
-    source.frombytes(memoryview(data)[column : column + (count - 1) * stride + turn.row_bytes])
-    found = memoryview(bytearray(count * turn.row_bytes))
+    if isinstance(data, array):
+        source, first = data, column // item
+    else:
+        # Slices of an array are several times as fast as those of a memoryview.
+        source, first = array(kind), 0
+        source.frombytes(memoryview(data)[column : column + (count - 1) * stride + turn.row_bytes])
     lines, step = found.cast(kind), stride // item
     for i in range(turn.row_bytes // item):
-        lines[i * count : (i + 1) * count] = source[i : i + (count - 1) * step + 1 : step]
-    return found
+        at = first + i
+        lines[i * count : (i + 1) * count] = source[at : at + (count - 1) * step + 1 : step]
 
 
 @cache
