@@ -125,7 +125,7 @@ def prepare(
             hint="plan it with `tightfit plan`",
         )
     if spec.quantization is not None:
-        check_quantization(spec, layout)
+        check_quantization(spec, layout, expert_parallel=expert_parallel)
     parallel = Parallel(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,

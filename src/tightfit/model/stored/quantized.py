@@ -7,7 +7,7 @@ the values and scales of a matrix, fused and cut like it, and placeholders besid
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tightfit.errors import UnsupportedModelError
+from tightfit.errors import LayoutError, UnsupportedModelError
 from tightfit.model.layout import Cut, Parallel, Piece, Rank, RankTensor, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.forms import Form
@@ -26,11 +26,14 @@ for, which is full of zeros.
 """
 
 
-def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
+def check_quantization(
+    spec: ModelSpec, layout: StoredLayout, *, expert_parallel: bool = False
+) -> None:
     """Refuse what the engine of a layout does not load.
 
     Raises:
         UnsupportedModelError: it has no such quantization, or its state is not modelled.
+        LayoutError: ranks with whole experts hold something else on each device.
     """
     recipe = spec.quantization
     if recipe is None:
@@ -56,6 +59,12 @@ def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
             f"sharding this {recipe.name} checkpoint is not supported: {recipe.unsharded}",
             hint="vLLM loads the checkpoint as it is",
         )
+    if expert_parallel and any(_scales_all_experts(weight, recipe) for weight in _experts(spec)):
+        raise LayoutError(
+            f"with whole experts on each rank, it depends on vLLM's kernel for {recipe.name} "
+            "whether a rank holds the input scales of all experts or of its own",
+            hint="shard without --enable-expert-parallel",
+        )
     reason = recipe.refusal(_VERSION)
     if reason is not None:
         raise UnsupportedModelError(
@@ -64,14 +73,23 @@ def check_quantization(spec: ModelSpec, layout: StoredLayout) -> None:
         )
 
 
+def _experts(spec: ModelSpec) -> Iterator[Weight]:
+    return (weight for weight in plain_parameters(spec) if weight.experts)
+
+
+def _scales_all_experts(weight: Weight, recipe: Recipe) -> bool:
+    """Whether it is ModelOpt's NVFP4 (`modelopt.py: use_global_sf`)."""
+    return any(form.kind == "weight_scale_2" for form in recipe.forms(weight) or ())
+
+
 def loading_notes(spec: ModelSpec, parallel: Parallel) -> tuple[str, ...]:
     """What an engine does with the files that nobody would expect, and why it may."""
     recipe = spec.quantization
     if not isinstance(recipe, Recipe) or not recipe.padded_experts:
         return ()
     rank = Rank(parallel=parallel)
-    for weight in plain_parameters(spec):
-        if weight.experts and weight.cut is Cut.INPUT and weight.columns is not None:
+    for weight in _experts(spec):
+        if weight.cut is Cut.INPUT and weight.columns is not None:
             held = replace(recipe, padded_experts=_MXFP4_BLOCK).created(weight)
             width = next(2 * tensor.rank_shape(rank)[-1] for _, tensor in held)
             hidden = sum(part.rows for part in weight.parts)
