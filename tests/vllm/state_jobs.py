@@ -164,7 +164,7 @@ def main():
 
     # vLLM inspects every architecture in a fresh interpreter, half a minute each; we are in one.
     registry._run_in_subprocess = lambda function: function()
-    own_configs.register()
+    own_configs.prepare()
     context = multiprocessing.get_context("fork")
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)

@@ -45,12 +45,8 @@ def run_rank(job, rank, port, results):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        from vllm.config import ModelConfig
-
         from vllm import LLM, SamplingParams
 
-        # Towers are built and loaded, but prompts are text: no processor is asked for anything.
-        ModelConfig._supports_multimodal_inputs = lambda self: False
         several = {"distributed_executor_backend": "external_launcher"} if job["tp"] > 1 else {}
         llm = LLM(
             model=job["directory"],
@@ -118,7 +114,7 @@ def main():
 
     # vLLM inspects every architecture in a fresh interpreter, half a minute each; we are in one.
     registry._run_in_subprocess = lambda function: function()
-    own_configs.register()
+    own_configs.prepare()
     context = multiprocessing.get_context("fork")
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
