@@ -103,6 +103,8 @@ class MoE(Block):
     """Name of the one row that gates the shared MLP: Qwen2-MoE."""
     latent_size: int | None = None
     """Width at which routed experts work, where it is not the hidden size: Nemotron 3 Super."""
+    own_kernels: bool = False
+    """Engines compute these experts in MXFP4 with kernels made for them: gpt-oss."""
     smallest_share: int = 0
     """vLLM fills narrower shares of an expert with zeros up to this: Kimi Linear, Kimi-K3."""
 
@@ -188,6 +190,7 @@ class MoE(Block):
                 experts=self.num_experts,
                 stacked=names.stacked,
                 where=at.where,
+                added_once=True,
             )
 
     def _gate_up(self, prefix: str, inner: Axis) -> tuple[Part, ...]:

@@ -48,6 +48,7 @@ def spec(config: Config) -> ModelSpec:
         renormalize=True,
         router="router",
         router_bias=True,
+        own_kernels=True,
         names=ExpertNames(
             gate_up="experts.gate_up_proj",
             down="experts.down_proj",

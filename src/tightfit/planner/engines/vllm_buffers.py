@@ -9,6 +9,7 @@ from math import prod
 
 from tightfit.model.blocks.attention import Rope
 from tightfit.model.blocks.latent_attention import LatentAttention
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.blocks.per_layer_input import PerLayerInput
 from tightfit.model.spec import ropes
 from tightfit.planner.engines.vllm_setting import Setting, arithmetic
@@ -50,9 +51,15 @@ def after_load(setting: Setting) -> Component:
 
 def _padded_experts(setting: Setting) -> int:
     """`quantization/mxfp4.py: create_weights` of older versions rounds the width of experts up."""
-    if not setting.rules.pads_mxfp4 or setting.spec.architecture != "GptOssForCausalLM":
+    kinds = setting.kinds if setting.rules.pads_mxfp4 else ()
+    widths = [
+        setting.inner(layer)
+        for layer in kinds
+        if isinstance(layer.mlp, MoE) and layer.mlp.own_kernels
+    ]
+    if not widths:
         return 0
-    width = setting.inner(setting.layers[0])
+    width = widths[0]
     held_bytes = sum(
         dtype_bytes(weight.dtype or "BF16", prod(weight.rank_shape(setting.rank)))
         for weight in held(setting.spec, setting.rank)

@@ -6,6 +6,7 @@ Sources: `config/vllm.py: _set_cudagraph_sizes`, `config/compilation.py`, `model
 from typing import Any
 
 from tightfit.errors import UsageError
+from tightfit.model.blocks.mlp import MoE
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.engines.vllm_versions import Captures, Rules
 from tightfit.planner.options import Option, PlanOptions
@@ -57,7 +58,7 @@ def captured_sizes(
     given = given or _sizes(config.get("cudagraph_capture_sizes"))
     maximum = maximum or _size(config.get("max_cudagraph_capture_size"))
     asked = given is not None or maximum is not None
-    if not asked and spec.architecture == "GptOssForCausalLM":
+    if not asked and _has_own_kernels(spec):
         maximum = 1024
     sizes = capture_sizes(
         max_num_seqs=max_num_seqs,
@@ -68,6 +69,11 @@ def captured_sizes(
         captures=rules.captures,
     )
     return Option(value=sizes, origin="flag" if asked else "engine default")
+
+
+def _has_own_kernels(spec: ModelSpec) -> bool:
+    mlps = (layer.mlp for layer in spec.layers)
+    return any(isinstance(mlp, MoE) and mlp.own_kernels for mlp in mlps)
 
 
 def capture_sizes(

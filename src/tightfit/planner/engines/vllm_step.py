@@ -105,13 +105,11 @@ def _workspaces(setting: Setting) -> Iterator[tuple[int, str]]:
     """`layers/fused_moe/modular_kernel.py`: two buffers for all chosen experts of all tokens.
 
     Data parallel replicas gather their tokens first, whether experts are dealt whole or not.
-    gpt-oss has kernels of its own (`experts/gpt_oss_triton_kernels_moe.py`), which need none.
+    Own kernels (gpt-oss's: `experts/gpt_oss_triton_kernels_moe.py`) need none.
     """
-    if setting.spec.architecture == "GptOssForCausalLM":
-        return
     tokens, b = setting.expert_tokens, setting.element_bytes
     for layer in setting.kinds:
-        if isinstance(layer.mlp, MoE):
+        if isinstance(layer.mlp, MoE) and not layer.mlp.own_kernels:
             width, inner = layer.mlp.latent_size or setting.spec.hidden_size, setting.inner(layer)
             times = 2 if layer.mlp.gated else 1
             columns = max(inner, width) + max(times * inner, width)
