@@ -21,7 +21,7 @@ from tightfit.cli.output import NoProgress
 from tightfit.errors import LayoutError, UnsupportedModelError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
-from tightfit.model.stored.quantized import loading_notes
+from tightfit.model.stored.loadable import loading_notes
 from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.verify import verify
 
@@ -238,6 +238,13 @@ def test_activation_order_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError) as e:
         write_shards(model, tmp_path / "out", 1)
     assert "desc_act" in e.value.message
+
+
+def test_experts_that_vllm_repacks_are_refused(tmp_path: Path) -> None:
+    model = make_quantized_model("awq", "experts", tmp_path / "model", hidden_size=320)
+    with pytest.raises(UnsupportedModelError) as e:
+        write_shards(model, tmp_path / "out", 1)
+    assert "is not supported for a hidden size of 320" in e.value.message
 
 
 def test_scales_of_heads_are_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.model.parameters import check_parallel, parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import StoredLayout, rank_tensors
-from tightfit.model.stored.quantized import check_quantization, loading_notes
+from tightfit.model.stored.loadable import check_quantization, loading_notes
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.gather import Gather, copied_bytes, plan
