@@ -112,6 +112,8 @@ class Weight:
     """Some checkpoints leave it out."""
     dropped: bool = False
     """An engine frees it once its kernels have taken what they need."""
+    added_once: bool = False
+    """Tensor parallel ranks sum their results: only the first has its values, others zeros."""
 
     def source_shape(self, part: Part) -> tuple[int, ...]:
         """Shape of the checkpoint tensor of a part."""
@@ -144,6 +146,8 @@ class Weight:
         inner = self.input_axis if self.cut is Cut.INPUT else None
         whole = self.cut is Cut.NONE or (inner is not None and inner.is_whole(rank))
         whole = whole and rank.tp_rank > 0 and not dealt
+        if not self._has_values(rank):
+            return Census(elements=elements, padding=elements, copies=0)
         padding = copies = 0
         for part in self.parts:
             first, rows = self._rows(part, rank)
@@ -175,7 +179,7 @@ class Weight:
         pieces: list[Piece] = []
         for part, (first, rows), at in zip(self.parts, spans, starts, strict=False):
             present = min(rows, part.rows - first)
-            if present > 0:
+            if present > 0 and self._has_values(rank):
                 pieces += self._pieces(part, first, present, at, rank)
         return RankTensor(
             name=self.name,
@@ -288,6 +292,9 @@ class Weight:
         if self.cut is not Cut.INPUT or self.input_axis is None or self._keeps_width(rank):
             return 0, self.columns
         return self.input_axis.span(rank.for_experts() if self.experts else rank)
+
+    def _has_values(self, rank: Rank) -> bool:
+        return not self.added_once or rank.tp_rank == 0 or self._keeps_width(rank)
 
     def _keeps_width(self, rank: Rank) -> bool:
         """Experts are dealt whole."""
