@@ -29,6 +29,10 @@ _COLORS = {
     "encoder_cache": "cyan3",
     "lora": "plum3",
     "nccl": "light_salmon3",
+    "non_torch": "grey62",
+    "cuda_context": "grey42",
+    "block_tables": "dark_sea_green4",
+    "allocator_cache": "light_slate_grey",
 }
 _OTHER = "grey70"
 
