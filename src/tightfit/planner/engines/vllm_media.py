@@ -41,14 +41,6 @@ class EncoderProfile:
     items: int
     """Copies of the item in the batch."""
 
-    @property
-    def log_line(self) -> str:
-        """The line that vLLM logs."""
-        return (
-            f"Encoder cache will be initialized with a budget of {self.budget_tokens} tokens, and "
-            f"profiled with {self.items} {self.item.modality} items of the maximum feature size."
-        )
-
 
 def limit(tower: Tower, options: PlanOptions, modality: str) -> int:
     """Items of a modality that a prompt may have.
