@@ -46,8 +46,6 @@ def test_verifies(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", UNSHARDED)
 def test_refused(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
-    if name == "mpt":
-        pytest.skip("transformers writes it under names that are not the published ones")
     with pytest.raises(UnsupportedModelError) as e:
         write_shards(tiny_model(name), tmp_path / "out", 1)
     assert "vLLM's names of its parameters have not been verified" in e.value.message

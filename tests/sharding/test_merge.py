@@ -1,6 +1,5 @@
 """Rank files give the checkpoint back, and files for any other size, byte for byte."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,63 +9,35 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from support.tiny_families import FAMILIES
+from support.tiny_families import SHARDED
 from support.tiny_media import MEDIA
 from support.tiny_models import RECIPES
-from support.work import write_shards
+from support.work import digests, merged, stored, write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import (
     CheckpointError,
     LayoutError,
     TightfitError,
-    UnsupportedModelError,
     VerificationError,
 )
 from tightfit.sharding import carry, stream
 from tightfit.sharding.manifest import ORIGINALS
-from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
-Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
 LAYOUTS = {"vllm-0.32": (1, 2, 4), "builtin": (3,)}
+NOT_BY_FOUR = {
+    "olmo2": "normalizes all keys together, of two heads",
+    "olmo3": "normalizes all keys together, of two heads",
+    "olmoe": "normalizes all keys together, of two heads",
+    "mamba2": "has two groups",
+    "qwen3_next": "has two linear heads",
+}
+"""What else is cut for 1, 2 and 4 ranks; for 3, only some families can be."""
 
 
-def stored(directory: Path) -> Stored:
-    """dtype, shape and bytes of every tensor of a plain checkpoint."""
-    checkpoint = open_checkpoint(str(directory))
-    return {
-        name: (
-            info.dtype,
-            info.shape,
-            checkpoint.source.read(info.file, info.offset, info.offset + info.nbytes),
-        )
-        for name, info in checkpoint.tensors().items()
-    }
-
-
-def merged(shards: Path, out: Path, max_shard_bytes: int = 10**9) -> Stored:
-    job = prepare_merge(open_checkpoint(str(shards)), max_shard_bytes=max_shard_bytes)
-    merge(job, out, NoProgress())
-    return stored(out)
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
-
-
-def cut(model: Path, out: Path, size: int, layout: str, stages: int = 1) -> bool:
-    """Whether this model can be cut so."""
-    try:
-        write_shards(model, out, size, layout=layout, pipeline_parallel_size=stages)
-    except (CheckpointError, LayoutError, UnsupportedModelError):
-        assert not out.exists()
-        return False
-    return True
-
-
-@pytest.mark.parametrize("name", [*RECIPES, *FAMILIES, *MEDIA])
+@pytest.mark.parametrize("name", [*RECIPES, *SHARDED])
 def test_there_and_back(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model(name)
     source = stored(model)
@@ -74,15 +45,19 @@ def test_there_and_back(name: str, tiny_model: TinyModel, tmp_path: Path) -> Non
     done = []
     for size, layout in sizes:
         shards = tmp_path / f"tp{size}"
-        if cut(model, shards, size, layout):
-            assert merged(shards, tmp_path / f"back{size}") == source
-            done.append(size)
-    if not done:
-        pytest.skip("not a family of shard")
+        try:
+            write_shards(model, shards, size, layout=layout)
+        except LayoutError:
+            # Towers have two heads.
+            assert size == 3 or (size == 4 and (name in NOT_BY_FOUR or name in MEDIA))
+            assert not shards.exists()
+            continue
+        assert merged(shards, tmp_path / f"back{size}") == source
+        done.append((size, layout))
     # From every size to every other, without the source.
-    for size, layout in sizes:
-        for before in done:
-            if size in done and size != before:
+    for size, layout in done:
+        for before, _ in done:
+            if size != before:
                 again = tmp_path / f"from{before}to{size}"
                 write_shards(tmp_path / f"tp{before}", again, size, layout=layout)
                 assert digests(again) == digests(tmp_path / f"tp{size}")
@@ -91,7 +66,7 @@ def test_there_and_back(name: str, tiny_model: TinyModel, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "gemma3"])
 def test_pipeline_stages(name: str, tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model(name)
-    assert cut(model, tmp_path / "two", 2, "vllm-0.32", stages=2)
+    write_shards(model, tmp_path / "two", 2, pipeline_parallel_size=2)
     assert merged(tmp_path / "two", tmp_path / "back") == stored(model)
     write_shards(tmp_path / "two", tmp_path / "one", 2)
     write_shards(model, tmp_path / "direct", 2)

@@ -1,6 +1,5 @@
 """Sharding and merging that stop half-way."""
 
-import hashlib
 import os
 import signal
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from support.work import digests as digests
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.model.stored import stored_layout
@@ -74,10 +74,6 @@ def write(
         **options,
     )
     return shard(job, out, bars or NoProgress(), resume=resume)
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
 class Copied(NoProgress):

@@ -272,7 +272,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "d_model": 128,
             "n_heads": 4,
             "n_layers": 2,
-            "expansion_ratio": 2,
+            # transformers builds four whatever the config says.
+            "expansion_ratio": 4,
             "max_seq_len": 256,
             "no_bias": True,
         },

@@ -8,7 +8,7 @@ attention demands it.
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,19 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(RECIPES)
 
 
-def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> Path:
-    """Write the tiny checkpoint `name` to `directory`; the same name gives the same bytes."""
+def make_tiny_model(
+    name: str,
+    directory: Path,
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 7,
+    others: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the tiny checkpoint `name` to `directory`; the same arguments give the same bytes.
+
+    `others` are values of its config instead of those of the recipe, and `seed` is for those that
+    are not multimodal.
+    """
     if name in MEDIA:
         return write_media_model(name, directory, dtype=dtype)
     import torch
@@ -105,12 +116,10 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
 
     torch.manual_seed(1234)
     config_class, changes = (RECIPES | FAMILIES)[name]
-    own = "own" in changes
-    values = {key: value for key, value in changes.items() if key != "own"}
-    config = getattr(T, config_class)(**(values if own else _COMMON | values))
+    config = getattr(T, config_class)(**recipe(name) | dict(others or {}))
     config.dtype = getattr(torch, dtype)
     model = T.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -124,6 +133,13 @@ def make_tiny_model(name: str, directory: Path, *, dtype: str = "bfloat16") -> P
         document = json.loads(path.read_bytes())
         path.write_text(json.dumps(document | {"architectures": changes["architectures"]}))
     return directory
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The values that a family's config is made of; none where something else makes it."""
+    _, changes = (RECIPES | FAMILIES).get(name, ("", {"own": True}))
+    values = {key: value for key, value in changes.items() if key != "own"}
+    return values if "own" in changes else _COMMON | values
 
 
 def main(argv: Iterable[str] | None = None) -> None:

@@ -48,7 +48,8 @@ def main() -> None:
 
 
 def _answer(job: Answer) -> Answer:
-    if importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
         return {"refused": "not installed"}
     found: Answer = {}
     try:

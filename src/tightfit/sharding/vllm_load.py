@@ -139,7 +139,9 @@ def _interpreter(python: str | None) -> str:
                 hint="give the interpreter of the environment in which vLLM is installed",
             )
         return found
-    if importlib.util.find_spec("vllm") is None:
+    spec = importlib.util.find_spec("vllm")
+    # A directory of that name is a package too, without an origin.
+    if spec is None or spec.origin is None:
         raise UsageError(
             "vLLM is not installed in this environment",
             hint="say where it is: --python /path/to/its/bin/python, or " + PYTHON_VARIABLE,
