@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ NODE = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2
 HEALTH = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 300,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 2,
+    "health_check_timeout_ms": 3000,
+    "health_check_failure_threshold": 4,
 }
 
 
@@ -63,6 +64,15 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def is_writing(pid: int) -> bool:
+    with suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if ".attempts.partial/" in os.readlink(link):
+                    return True
+    return False
+
+
 class Disturb(NoProgress):
     """Does something when a share of the bytes is written."""
 
@@ -89,8 +99,10 @@ def test_a_node_is_lost(
     workers: list[int] = []
 
     def disturb() -> None:
-        workers.extend(children(raylet))
-        for pid in workers:
+        while not (writing := [pid for pid in children(raylet) if is_writing(pid)]):
+            time.sleep(0.001)
+        workers.extend(writing)
+        for pid in children(raylet):
             os.kill(pid, signal.SIGKILL if end == "killed" else signal.SIGSTOP)
         os.kill(raylet, signal.SIGKILL)
 
@@ -102,9 +114,11 @@ def test_a_node_is_lost(
         spread(model, out, executor, bars)
         assert workers
         assert bars.done == bars.total
-        assert len(notices) == 1
+        # Who was cut off before it said where it is, cannot be told from one that waits.
+        assert len(notices) == 1 or (end == "cut off" and not notices)
         for notice in notices:
             assert notice.startswith("model-rank-")
+            assert " was lost, as its worker " in notice
             assert notice.endswith("died; doing it again (attempt 2 of 4)")
         write(model, tmp_path / "whole")
         assert digests(out) == digests(tmp_path / "whole")
@@ -134,9 +148,7 @@ def start(model: Path, out: Path, cluster: Any, how: str) -> "subprocess.Popen[s
     return process
 
 
-def test_the_driver_is_killed(
-    cluster: Any, second: Any, tiny_model: TinyModel, tmp_path: Path
-) -> None:
+def test_the_driver_is_killed(cluster: Any, tiny_model: TinyModel, tmp_path: Path) -> None:
     model, out = tiny_model("llama"), tmp_path / "out"
     write(model, tmp_path / "whole")
     process = start(model, out, cluster, "shard")

@@ -36,6 +36,9 @@ class SlowSource:
     def local_path(self, path: str) -> None:
         return None
 
+    def state(self, path: str) -> list[int | str]:
+        return self._source.state(path)
+
     def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None:
             time.sleep(self.seconds)

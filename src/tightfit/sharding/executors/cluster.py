@@ -53,10 +53,10 @@ _Answer = tuple[str, Any, int]
 
 
 class RayExecutor:
-    """A connection to a cluster, made on entering, or a cluster of this machine alone.
+    """A connection to a cluster, or to one of this machine alone; made when it is needed first.
 
     Raises:
-        UsageError: there is no cluster at the address.
+        UsageError: (`run`) there is no cluster at the address.
     """
 
     def __init__(self, address: str | None, notice: Callable[[str], None]) -> None:
@@ -64,14 +64,6 @@ class RayExecutor:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            # Ray tells there of every worker that dies, from a thread, and cannot be told not to.
-            stack.enter_context(redirect_stdout(_Nowhere()))
-            if not ray.is_initialized():
-                with _own_signals():
-                    self._connect()
-                stack.callback(ray.shutdown)
-            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -92,7 +84,14 @@ class RayExecutor:
         advance: Advance,
     ) -> None:
         """Carry out all, on all machines alike."""
-        if tasks:
+        if not tasks:
+            return
+        if not ray.is_initialized():
+            self._stack.callback(ray.shutdown)
+            with _own_signals():
+                self._connect()
+        # Ray tells there of every worker that dies, from a thread, and cannot be told not to.
+        with redirect_stdout(_Nowhere()):
             run = _Run(work, shared, tasks, advance, self._notice)
             try:
                 run.all(done)
@@ -152,11 +151,11 @@ class _Run:
 
     def all(self, done: Callable[[int, Any], None]) -> None:
         while self._running:
-            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
-            self._show_reports()
-            if not ready and time.monotonic() - self._nodes_at > _NODES_SECONDS:
+            if time.monotonic() - self._nodes_at > _NODES_SECONDS:
                 self._nodes_at = time.monotonic()
                 self._leave_nodes(_dead_nodes() - self._dead)
+            ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_SECONDS)
+            self._show_reports()
             for ref in ready:
                 number = self._running.pop(ref)
                 try:
@@ -296,15 +295,18 @@ def _make_carry_out() -> Callable[..., _Answer]:
         address = ray.util.get_node_ip_address()
         node = f"{address} (node {node_id[:8]})"
         board.tell.remote(number, attempt, node_id, address, 0)
+        hint = f"pip install tightfit=={version} on every machine of the cluster"
         try:
             import tightfit
             from tightfit.errors import TightfitError
+
+            if tightfit.__version__ != version:
+                message = f"{node} has tightfit {tightfit.__version__}, and not {version}"
+                return "failed", ("UsageError", message, hint), 0
+            work, common = pickle.loads(shared)
+            one = pickle.loads(task)
         except ImportError as error:
-            hint = f"pip install tightfit=={version} on every machine of the cluster"
-            return "failed", ("UsageError", f"{node} has no tightfit: {error}", hint), 0
-        if tightfit.__version__ != version:
-            hint = f"pip install tightfit=={version} on every machine of the cluster"
-            message = f"{node} has tightfit {tightfit.__version__}, and not {version}"
+            message = f"{node} cannot import what tightfit needs: {error}"
             return "failed", ("UsageError", message, hint), 0
         total, told = 0, time.monotonic()
 
@@ -316,9 +318,8 @@ def _make_carry_out() -> Callable[..., _Answer]:
                 told = now
                 board.tell.remote(number, attempt, node_id, address, total)
 
-        work, common = pickle.loads(shared)
         try:
-            result = work(common, pickle.loads(task), advance)
+            result = work(common, one, advance)
         except TightfitError as error:
             return "failed", (type(error).__name__, f"{node}: {error.message}", error.hint), total
         return "done", pickle.dumps(result), total
@@ -359,6 +360,9 @@ def _own_signals() -> Iterator[None]:
     before = [signal.getsignal(number) for number in numbers]
     try:
         yield
+    except SystemExit:
+        # What Ray makes of a SIGTERM that comes while it starts.
+        raise KeyboardInterrupt from None
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
