@@ -152,6 +152,16 @@ class ModelSpec:
         return any(mixer.is_recurrent for layer in self.layers for mixer in layer.mixers)
 
     @property
+    def is_windowed(self) -> bool:
+        """Whether attention of a layer sees only the last tokens."""
+        return any(mixer.is_windowed for layer in self.layers for mixer in layer.mixers)
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether attention of a layer sees only a token's own chunk."""
+        return any(mixer.is_chunked for layer in self.layers for mixer in layer.mixers)
+
+    @property
     def is_plain(self) -> bool:
         """A decoder of plain attention and gated MLPs, as the built-in runtime executes."""
         beside = self.towers or self.extras or self.encoder_tokens or self.norm_bias

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tightfit.model.cache import Cache, StateCache
+from tightfit.model.cache import Cache, StateCache, TokenCache
 from tightfit.model.layout import Rank, Stage, Weight
 
 
@@ -45,6 +45,16 @@ class Mixer(Block):
     def is_recurrent(self) -> bool:
         """Whether it keeps a state of fixed size, and nothing for each token."""
         return any(isinstance(cache, StateCache) for cache in self.caches(Rank()))
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether it sees only the last tokens."""
+        return any(isinstance(c, TokenCache) and c.window is not None for c in self.caches(Rank()))
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether it sees only a token's own chunk."""
+        return any(isinstance(c, TokenCache) and c.chunk is not None for c in self.caches(Rank()))
 
     @abstractmethod
     def caches(self, rank: Rank) -> tuple[Cache, ...]:

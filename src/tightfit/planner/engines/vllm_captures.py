@@ -34,8 +34,7 @@ def cudagraph_mode(spec: ModelSpec, options: PlanOptions, rules: Rules) -> Optio
     if spec.encoder_tokens:
         return Option(value="FULL_DECODE_ONLY", origin="engine default")
     # The backend of chunked attention cannot be captured whole.
-    chunked = any(getattr(m, "chunk", None) for layer in spec.layers for m in layer.mixers)
-    full = rules.full_graphs and not chunked
+    full = rules.full_graphs and not spec.is_chunked
     return Option(value="FULL_AND_PIECEWISE" if full else "PIECEWISE", origin="engine default")
 
 

@@ -117,8 +117,7 @@ class VLLMCPU(VLLM):
         if latents(spec) and self.rules.cpu_whole_latent_prompts:
             return Option(value=_LATENT_BLOCK, origin="engine default")
         size = pick(options.block_size, self.rules.cpu_block_size)
-        windowed = any(getattr(m, "window", None) for layer in spec.layers for m in layer.mixers)
-        if windowed:
+        if spec.is_windowed:
             least = self.rules.cpu_window_block_size
             return Option(value=max(size.value, least), origin=size.origin)
         return size
