@@ -68,6 +68,7 @@ def check(job: ShardJob, out: Path) -> None:
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "tiny windows":
         monkeypatch.setattr(by_part, "WINDOW_BYTES", 5 * 2**10 + 8)
+        monkeypatch.setattr(by_part, "TURNED_WINDOW_BYTES", 7 * 2**10)
         monkeypatch.setattr(windows, "READ_BYTES", 3000)
         monkeypatch.setattr(windows, "NEAR_BYTES", 200)
     return str(request.param)

@@ -121,6 +121,18 @@ def test_a_source_that_changes(web: FileServer, tiny_model: TinyModel) -> None:
     assert not FsspecSource("memory://changed").exists("tightfit-manifest.json")
 
 
+def test_a_rank_of_a_sharded_source(web: FileServer, tmp_path: Path) -> None:
+    """Twice what it holds: once to check it, and once to copy it; and nothing of other ranks."""
+    model = make_random_llama(tmp_path / "m", hidden=512, layers=4, vocab=8192)
+    shard(job_of(model, 8), web.directory / "eight", NoProgress())
+    job = job_of(f"{web.url}/eight", 4, {1})
+    web.sent_bytes = 0
+    shard(job, tmp_path / "out", NoProgress())
+    assert web.sent_bytes < 2.1 * job.copied_bytes
+    shard(job_of(model, 4, {1}), tmp_path / "expected", NoProgress())
+    assert digests(tmp_path / "out") == digests(tmp_path / "expected")
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2", "jamba"])
 def test_sharded_sources(
     model: str, web: FileServer, tiny_model: TinyModel, tmp_path: Path

@@ -4,6 +4,7 @@ Their bytes have to be those that the manifest vouches for, and what several ran
 the same everywhere.
 """
 
+from bisect import bisect_right
 from functools import partial
 
 from tightfit.errors import VerificationError
@@ -12,23 +13,35 @@ from tightfit.sharding.boxes import Replica, key, place
 from tightfit.sharding.compare import same
 from tightfit.sharding.content import checksum_in, in_threads, in_turn
 from tightfit.sharding.copies import copies
+from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.rank_files import RankFiles
 from tightfit.sharding.stream import SourceFiles
 
 
-def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -> None:
-    """Compare checksums and copies.
+def check_rank_files(job: Job, files: SourceFiles, progress: Progress) -> None:
+    """Compare checksums and copies in the sharded source of a job.
+
+    For some ranks of a distant one with a manifest only what they read, which may be little of it.
 
     Raises:
         VerificationError: a tensor is damaged, or ranks hold different copies of it.
     """
+    ranks = job.cut_again
+    assert ranks is not None
     held = ranks.manifest.files if ranks.manifest is not None else ()
-    tensors = [(file.name, tensor) for file in held for tensor in file.tensors]
-    progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
     # Opened once, before several threads ask for them.
     distant = None in [files.descriptor(file.name) for file in held]
+    partly = distant and len(job.ranks) < job.parallel.world_size
+    needed = _needed(job, ranks) if partly else ranks.infos.keys()
+    tensors = [
+        (file.name, tensor)
+        for file in held
+        for tensor in file.tensors
+        if key(ranks.files[file.name][tensor.name]) in needed
+    ]
+    progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
     advance = in_turn(progress.advance)
 
     def good(one: tuple[str, StoredTensor]) -> bool:
@@ -44,6 +57,8 @@ def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -
                 hint="shard the model again, or fetch the file again from where it was whole",
             )
     for replica in ranks.replicas:
+        if partly and not {key(replica.owner.tensor), key(replica.copy.tensor)} <= needed:
+            continue
         if not _agree(replica, files):
             one, other = replica.owner.tensor, replica.copy.tensor
             raise VerificationError(
@@ -51,6 +66,20 @@ def check_rank_files(ranks: RankFiles, files: SourceFiles, progress: Progress) -
                 f"{replica.owner.piece.source!r}",
                 hint="they are of different models; shard the model again",
             )
+
+
+def _needed(job: Job, ranks: RankFiles) -> set[str]:
+    """The tensors, by `boxes.key`, of which a job reads something."""
+    found = {key(group.source) for group in job.copies}
+    by_file: dict[str, tuple[list[int], list[str]]] = {}
+    for file, header in ranks.files.items():
+        infos = sorted((info for info in header.values() if info.nbytes), key=lambda i: i.offset)
+        by_file[file] = [info.offset for info in infos], [key(info) for info in infos]
+    for gather in job.gathers:
+        for one in gather.slices:
+            offsets, keys = by_file[one.file]
+            found.add(keys[bisect_right(offsets, one.offset) - 1])
+    return found
 
 
 def _agree(replica: Replica, files: SourceFiles) -> bool:

@@ -23,6 +23,7 @@ from tightfit.sharding.windows import (
     Constant,
     Operation,
     Read,
+    Turned,
     clip,
     constants,
     fill,
@@ -32,9 +33,12 @@ from tightfit.sharding.windows import (
     span,
 )
 
-WINDOW_BYTES = 2**22
-_AHEAD_BYTES = 2**25
+WINDOW_BYTES = 2**21
+TURNED_WINDOW_BYTES = 2**23
+"""Each window of a transposition needs all rows of the source, so it has to be a large one."""
+_AHEAD_BYTES = 2**24
 _READERS = 8
+_WRITERS = 4
 
 
 class Sink(Protocol):
@@ -90,7 +94,7 @@ def plan_parts(job: Work) -> tuple[PartWork, ...]:
 def write_part(
     work: PartWork, files: SourceFiles, sink: Sink, progress: Progress
 ) -> dict[str, str]:
-    """Write one file, in order, with some 50 MB of memory.
+    """Write one file, in order, with some 30 MB of memory.
 
     The caller opens and closes the sink and removes what was begun if this fails; and calls
     `files.check_unchanged()` before it vouches for anything.
@@ -116,7 +120,7 @@ def write_parts(
         _write_all(sinks[number], data)
         return len(data)
 
-    with ThreadPoolExecutor(max_workers=len(works)) as writers:
+    with ThreadPoolExecutor(max_workers=min(len(works), _WRITERS)) as writers:
         for windows in _windows(works, files):
             # Each file gets its windows in order, because all wait for the slowest.
             tasks = [writers.submit(put, i, data) for i, data in enumerate(windows) if data]
@@ -134,10 +138,17 @@ def _write_all(sink: Sink, data: memoryview) -> None:
 
 
 def _windows(works: Sequence[PartWork], files: SourceFiles) -> Iterator[list[memoryview]]:
-    """The files in windows: one of each at a time, empty for those that have ended."""
+    """The files in windows: one of each at a time, empty for those that have ended.
+
+    They are valid until the next ones are asked for.
+    """
     ends = [work.part.nbytes for work in works]
-    starts = range(0, max(ends), WINDOW_BYTES)
-    placed = [_by_window(work.operations) for work in works]
+    turns = any(isinstance(one, Turned) for work in works for one in work.operations)
+    size = TURNED_WINDOW_BYTES if turns else WINDOW_BYTES
+    starts = range(0, max(ends), size)
+    placed = [_by_window(work.operations, size) for work in works]
+    zeros = bytes(min(size, max(ends)))
+    buffers = [bytearray(min(size, end)) for end in ends]
 
     def planned() -> Iterator[tuple[int, list[Read]]]:
         for number, start in enumerate(starts):
@@ -145,7 +156,7 @@ def _windows(works: Sequence[PartWork], files: SourceFiles) -> Iterator[list[mem
                 (i, one)
                 for i, windows in enumerate(placed)
                 for operation in windows.get(number, ())
-                for one in clip(operation, start, min(start + WINDOW_BYTES, ends[i]))
+                for one in clip(operation, start, min(start + size, ends[i]))
             ]
             yield number, reads_of(clipped)
 
@@ -158,16 +169,20 @@ def _windows(works: Sequence[PartWork], files: SourceFiles) -> Iterator[list[mem
     with ThreadPoolExecutor(max_workers=_READERS) as readers:
         ahead = _ahead(flat(), files, readers)
         try:
-            buffers = _empty(ends, 0)
             for number, read, data in ahead:
-                start = number * WINDOW_BYTES
+                start = number * size
                 if read is None:
                     for i, window in enumerate(placed):
                         for constant in window.pop(number, ()):
                             if isinstance(constant, Constant):
                                 constant.fill(buffers[i], start)
-                    yield [memoryview(buffer) for buffer in buffers]
-                    buffers = _empty(ends, start + WINDOW_BYTES)
+                    yield [
+                        memoryview(buffer)[: max(0, end - start)]
+                        for buffer, end in zip(buffers, ends, strict=True)
+                    ]
+                    for buffer in buffers:
+                        # What nothing fills is padding.
+                        buffer[:] = zeros[: len(buffer)]
                     continue
                 for i, one in read.units:
                     fill(memoryview(buffers[i]), start, one, data, read.start)
@@ -203,20 +218,15 @@ def _ahead(
 
 
 def _by_window(
-    operations: Sequence[Operation | Constant],
+    operations: Sequence[Operation | Constant], size: int
 ) -> dict[int, list[Operation | Constant]]:
     """By the numbers of the windows that they write to."""
     found: defaultdict[int, list[Operation | Constant]] = defaultdict(list)
     for operation in operations:
         first, last = span(operation)
-        for number in range(first // WINDOW_BYTES, (last - 1) // WINDOW_BYTES + 1):
+        for number in range(first // size, (last - 1) // size + 1):
             found[number].append(operation)
     return dict(found)
-
-
-def _empty(ends: Sequence[int], start: int) -> list[bytearray]:
-    """Zeros: what nothing fills is padding."""
-    return [bytearray(max(0, min(WINDOW_BYTES, end - start))) for end in ends]
 
 
 class _Hashes:

@@ -16,8 +16,8 @@ from typing import Any
 
 from tightfit.errors import OutputError
 
-States = Mapping[str, list[int] | None]
-"""Size and time of modification of source files; None for remote ones."""
+States = Mapping[str, list[int | str]]
+"""By source file, its size, and its time of modification or what a distant store says of it."""
 
 _CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 

@@ -107,11 +107,11 @@ class Upload:
             todo = [work for work in works if work.part.name not in self.done]
             self.place.give_up_uploads(work.part.name for work in todo)
             if job.cut_again is not None and todo:
-                check_rank_files(job.cut_again, opened, progress)
+                check_rank_files(job, opened, progress)
             progress.phase("uploading", sum(work.part.nbytes for work in todo))
             for group in _groups(todo):
                 self._send(group, opened, progress)
-                check_states(source, states, opened)
+                opened.check_unchanged()
                 for work in group:
                     self._note(work.part, states)
 
@@ -210,23 +210,6 @@ def source_states(source: Source, files: Iterable[str]) -> States:
     names = list(files)
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(names, pool.map(source.state, names), strict=True))
-
-
-def check_states(source: Source, states: States, files: SourceFiles) -> None:
-    """Refuse to vouch for a copy of files that were written to meanwhile.
-
-    Raises:
-        CheckpointError: a source file has changed.
-    """
-    files.check_unchanged()
-    distant = [name for name in states if source.local_path(name) is None]
-    now = source_states(source, distant)
-    for name in distant:
-        if now[name] != states[name]:
-            raise CheckpointError(
-                f"{source.label}: {name!r} changed while it was read",
-                hint="wait until nobody writes to the source, then start again",
-            )
 
 
 class _Told:

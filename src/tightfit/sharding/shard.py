@@ -87,7 +87,7 @@ def write_parts(
         # Opened before anything is copied, so that every change from now on is seen.
         files.descriptor(name)
     if job.cut_again is not None:
-        check_rank_files(job.cut_again, files, progress)
+        check_rank_files(job, files, progress)
     checksums = dict(output.proven)
     noted = output.start(states)
     if executor is not None:
@@ -132,12 +132,7 @@ def _states(job: Job) -> States:
     """By what a changed source file is told from the one that an earlier run has read."""
     names = {group.source.file for group in job.copies}
     names |= {one.file for gather in job.gathers for one in gather.slices}
-    states: dict[str, list[int] | None] = {}
-    for name in sorted(names):
-        path = job.checkpoint.source.local_path(name)
-        status = None if path is None else os.stat(path)
-        states[name] = None if status is None else [status.st_size, status.st_mtime_ns]
-    return states
+    return {name: job.checkpoint.source.state(name) for name in sorted(names)}
 
 
 def _prove(

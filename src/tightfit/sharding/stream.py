@@ -26,6 +26,7 @@ class SourceFiles:
         self._source = source
         self._descriptors: dict[str, int] = {}
         self._states: dict[str, tuple[int, int]] = {}
+        self._distant: dict[str, list[int | str]] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "SourceFiles":
@@ -40,6 +41,8 @@ class SourceFiles:
             return self._descriptors[file]
         path = self._source.local_path(file)
         if path is None:
+            if file not in self._distant:
+                self._distant[file] = self._source.state(file)
             return None
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -74,28 +77,43 @@ class SourceFiles:
             CheckpointError: the file ends before.
         """
         fd = self.descriptor(file)
+        if fd is None:
+            self._fetch(file, batches, start)
+            return
         for buffers, nbytes in batches:
-            if fd is None:
-                data = memoryview(self.read(file, start, start + nbytes))
-                for buffer in buffers:
-                    buffer[:] = data[: len(buffer)]
-                    data = data[len(buffer) :]
-            elif (got := os.preadv(fd, buffers, start)) != nbytes:
+            if (got := os.preadv(fd, buffers, start)) != nbytes:
                 _read_rest(file, fd, list(buffers), got, start)
             start += nbytes
+
+    def _fetch(self, file: str, batches: Iterable[Batch], start: int) -> None:
+        """The same from a remote source, in requests that are worth their way."""
+        waiting: list[memoryview] = []
+        total = 0
+        for buffers, nbytes in (*batches, ((), 0)):
+            if waiting and (total + nbytes > BUFFER_BYTES or not nbytes):
+                data = memoryview(self.read(file, start, start + total))
+                start += total
+                for buffer in waiting:
+                    buffer[:] = data[: len(buffer)]
+                    data = data[len(buffer) :]
+                waiting, total = [], 0
+            waiting += buffers
+            total += nbytes
 
     def check_unchanged(self) -> None:
         """Refuse to vouch for a copy of files that were written to meanwhile.
 
         Raises:
-            CheckpointError: size or modification time of a source file has changed.
+            CheckpointError: size or modification time of a source file has changed, or what a
+                distant store says of it.
         """
-        for file, fd in self._descriptors.items():
-            if _state(fd) != self._states[file]:
-                raise CheckpointError(
-                    f"{self._source.label}: {file!r} changed while it was read",
-                    hint="wait until nobody writes to the source, then start again",
-                )
+        changed = [f for f, fd in self._descriptors.items() if _state(fd) != self._states[f]]
+        changed += [f for f, state in self._distant.items() if self._source.state(f) != state]
+        if changed:
+            raise CheckpointError(
+                f"{self._source.label}: {changed[0]!r} changed while it was read",
+                hint="wait until nobody writes to the source, then start again",
+            )
 
 
 def batches(buffers: Sequence[memoryview]) -> list[Batch]:

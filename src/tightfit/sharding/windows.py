@@ -17,7 +17,7 @@ from tightfit.sharding.parts import Part
 from tightfit.sharding.stream import turned
 from tightfit.units import dtype_bytes
 
-READ_BYTES = 2**22
+READ_BYTES = 2**21
 NEAR_BYTES = 2**18
 
 
