@@ -73,3 +73,12 @@ def test_keys_without_a_bias(tiny_model: TinyModel, tmp_path: Path) -> None:
         for rank, found in enumerate(ranks):
             expected = torch.cat([q.chunk(2)[rank], torch.zeros_like(q[:64]), v.chunk(2)[rank]])
             assert torch.equal(found[f"{at}qkv_proj.bias"], expected)
+
+
+def test_rows_that_are_dealt_as_they_are(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """vLLM has a plain column parallel layer in Qwen2-VL's tower, whatever the rows are."""
+    source, ranks = shards(tiny_model("qwen2_vl"), tmp_path / "out")
+    for kind in ("weight", "bias"):
+        name = f"visual.blocks.1.attn.qkv.{kind}"
+        for rank, found in enumerate(ranks):
+            assert torch.equal(found[name], source[name].chunk(2)[rank])

@@ -61,7 +61,8 @@ class Projections:
     by_group: bool = False
     """The fused tensor has the query heads, key and value of one KV head after the other."""
     by_head: bool = False
-    """As `by_group`, and an engine leaves it so: GPT-NeoX, where every head has its own key."""
+    """An engine deals its rows as they are: GPT-NeoX, which has them head by head, and Qwen2-VL,
+    which has not, and gathers them before it looks for heads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,8 @@ def qwen2_tower(config: Config, prefix: str = "visual") -> Tower:
     inner = int(hidden * vision.positive("mlp_ratio"))
     mlp = vision_mlp(inner, vision.text("hidden_act"))
     layers = _layers(vision, prefix, hidden, mlp, norm_bias=True)
+    as_it_is = replace(layers.attention, names=replace(layers.attention.names, by_head=True))
+    layers = replace(layers, attention=as_it_is)
     out = vision.integer("hidden_size")
     merger = (*_norm_merger(f"{prefix}.merger", hidden, vision, out, norm_bias=True),)
     media = Qwen2Media(grid=grid(vision))
