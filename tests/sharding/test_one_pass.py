@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -216,3 +218,39 @@ def test_all_results_arrive() -> None:
     with crew.working([str(i) for i in range(100)], Telling):
         assert sorted(crew.results(done.append), key=int) == [str(i) for i in range(100)]
     assert done == [3] * 100
+
+
+def test_memory_does_not_depend_on_the_model(tmp_path: Path) -> None:
+    """2 GB of holes, of which one rank of 16 is written; the peak is that of a process alone."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": 4096,
+        "intermediate_size": 16_384,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 3,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": False,
+    }
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    shapes = source_shapes(model_spec(config))
+    sizes = {name: 2 * shape[0] * (shape[1:] or (1,))[0] for name, shape in shapes.items()}
+    assert sum(sizes.values()) > 1.9 * 10**9
+    header = encode_header([(name, "BF16", shapes[name], sizes[name]) for name in shapes])
+    (model / "model.safetensors").write_bytes(header)
+    os.truncate(model / "model.safetensors", len(header) + sum(sizes.values()))
+    code = (
+        "import sys; from tightfit.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(*(x for x in open('/proc/self/status') if 'VmHWM' in x), file=sys.stderr)"
+    )
+    words = ["shard", str(model), str(tmp_path / "out"), "-tp", "16", "--ranks", "0"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    (line,) = (line for line in done.stderr.splitlines() if "VmHWM" in line)
+    assert int(line.split()[1]) < 150_000, line

@@ -80,7 +80,9 @@ class Carrier:
         for (base, stride, rows), some in strided.items():
             self._scatter(file, base, stride, rows, some)
         for (base, stride, rows), few in turns.items():
-            self._turn(file, base, stride, rows, few)
+            # Their blocks are large: one at a time.
+            with _turning:
+                self._turn(file, base, stride, rows, few)
         for decay in unit.decays:
             self._decay(file, decay)
 
@@ -150,16 +152,14 @@ class Carrier:
     def _turn(self, file: str, base: int, stride: int, rows: int, turns: Sequence[Turn]) -> None:
         apart = stride + GAP_BYTES
         block = min(rows, max(1, _BUFFERS_OF_TURNS * self._nbytes // apart))
-        # Such blocks are large: one at a time.
-        with _turning:
-            data = block_of_rows(turns[0], block, apart)
-            view = memoryview(data).cast("B")
-            layout = [view[i * apart : i * apart + stride] for i in range(block)]
-            for first in range(0, rows, block):
-                count = min(block, rows - first)
-                self._files.read_into(file, batches(layout[:count]), base + first * stride)
-                for turn in turns:
-                    self._put_turned(data, turn, first, count, turn.source_offset - base, apart)
+        data = block_of_rows(turns[0], block, apart)
+        view = memoryview(data).cast("B")
+        layout = [view[i * apart : i * apart + stride] for i in range(block)]
+        for first in range(0, rows, block):
+            count = min(block, rows - first)
+            self._files.read_into(file, batches(layout[:count]), base + first * stride)
+            for turn in turns:
+                self._put_turned(data, turn, first, count, turn.source_offset - base, apart)
 
     def _put_turned(
         self, data: Rows, turn: Turn, first: int, count: int, column: int, apart: int

@@ -32,17 +32,19 @@ class Target:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._direct = _open_direct(fd)
+        self._refused = False
 
     def write(self, data: memoryview, offset: int, *, aligned: bool) -> None:
         """Write all of it; `aligned` says that it begins at a page of memory."""
-        direct = aligned and self._direct >= 0 and offset % PAGE_BYTES == 0
+        direct = aligned and self._direct >= 0 and offset % PAGE_BYTES == 0 and not self._refused
         while direct and len(data) >= _WORTH_DIRECT:
             try:
                 written = os.pwrite(self._direct, data[: len(data) & -PAGE_BYTES], offset)
             except OSError as error:
                 if error.errno not in _NOT_DIRECT:
                     raise
-                self.close()
+                # Not closed yet: another thread may be about to use the descriptor.
+                self._refused = True
                 break
             data, offset = data[written:], offset + written
             direct = written % PAGE_BYTES == 0
