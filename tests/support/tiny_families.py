@@ -382,9 +382,10 @@ UNSHARDED = (
     "ernie45_moe",
     "gemma4_mm",
     "gemma4_moe",
-    "gemma4_small",
+    "gemma4_small",  # vLLM has its last layers in another module
     "glm",  # cut otherwise by way of transformers' class
     "gpt_bigcode",
+    "internvl_chat",
     "kimi_k25",
     "lfm2",
     "minimax_m2",

@@ -26,13 +26,16 @@ FOUR_RANKS = (
 )  # fmt: skip
 # vLLM's CPU build has no kernel for the scan of Mamba 1.
 WITHOUT_KERNELS = ("mamba", "jamba")
+# Prompts are text only, and this decoder attends to audio.
+WITHOUT_TEXT = ("whisper",)
+_LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Latent attention differs between sizes in this build even unsharded, and linear attention is
 # computed in bfloat16 only: these are held against the unsharded model on as many ranks.
-AT_EQUAL_SIZE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "qwen3_next")
-BFLOAT16 = ("qwen3_next",)
+AT_EQUAL_SIZE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", *_LINEAR)
+BFLOAT16 = _LINEAR
 CASES = [
     *((name, size) for name in NAMES for size in (1, 2)),
-    *((name, 2) for name in SHARDED if name not in WITHOUT_KERNELS),
+    *((name, 2) for name in SHARDED if name not in (*WITHOUT_KERNELS, *WITHOUT_TEXT)),
     *((name, 4) for name in FOUR_RANKS),
     *((SMOLLM2, size) for size in (1, 3)),
 ]
