@@ -69,8 +69,9 @@ class RankTensor:
             if self.optional and piece.source not in shapes:
                 continue
             shape = shapes.get(piece.source, piece.source_shape)
-            if shape != piece.source_shape and piece.view is None:
-                piece = replace(piece, view=piece.source_shape, source_shape=shape)
+            if shape != piece.source_shape:
+                view = piece.source_shape if piece.view is None else piece.view
+                piece = replace(piece, view=view, source_shape=shape)
             pieces.setdefault(piece.at if self.optional else (number,), piece)
         fill = 0.0 if pieces else self.fill
         return replace(self, pieces=tuple(pieces.values()), fill=fill, optional=False)

@@ -163,6 +163,8 @@ def _part(part: Part, form: Form, weight: Weight) -> Part:
         axis=_blocked(part.axis, form.rows, form, weight),
         first_row=part.first_row // form.rows,
         source_rows=cdiv(part.source_rows, form.rows),
+        run_rows=part.run_rows // form.rows,
+        run_stride=part.run_stride // form.rows,
     )
 
 

@@ -59,6 +59,8 @@ def check_quantization(
             "whether a rank holds the input scales of all experts or of its own",
             hint="shard without --enable-expert-parallel",
         )
+    for weight in plain_parameters(spec):
+        _check_order(weight, recipe)
     _check_marlin(spec, recipe)
     reason = recipe.refusal(_VERSION)
     if reason is not None:
@@ -75,6 +77,22 @@ def _experts(spec: ModelSpec) -> Iterator[Weight]:
 def _scales_all_experts(weight: Weight, recipe: Recipe) -> bool:
     """Whether it is ModelOpt's NVFP4 (`modelopt.py: use_global_sf`)."""
     return any(form.kind == "weight_scale_2" for form in recipe.forms(weight) or ())
+
+
+def _check_order(weight: Weight, recipe: Recipe) -> None:
+    """Rows that change places, or begin inside a tensor, need scales or words of their own."""
+    for part in weight.parts:
+        starts = (part.first_row, part.run_rows, part.run_stride)
+        for form in recipe.forms(weight) or ():
+            split = form.rows > 1 and any(start % form.rows for start in starts)
+            if split or (part.paired and (form.rows > 1 or form.transposed)):
+                raise UnsupportedModelError(
+                    f"sharding {weight.name!r} in {recipe.name} is not supported: engines hold its "
+                    f"rows in another order, and {form.rows} of {part.source!r} share a "
+                    f"{'word or a scale' if form.rows > 1 else 'column'}",
+                    hint="quantize the model again without this layer, or with a scale for each "
+                    "output channel",
+                )
 
 
 def _check_marlin(spec: ModelSpec, recipe: Recipe) -> None:
