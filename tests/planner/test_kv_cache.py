@@ -14,7 +14,7 @@ from tightfit.model.layout import Parallel, Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import CATALOGUE
 from tightfit.planner.engines.vllm import VLLM
-from tightfit.planner.kv_cache import KVLayout, LayerKind, kv_layout
+from tightfit.planner.kv_cache import CacheDtypes, KVLayout, LayerKind, kv_layout, layer_kinds
 from tightfit.planner.options import PlanOptions
 
 
@@ -260,3 +260,16 @@ def test_layers_of_a_stage() -> None:
     sizes = [layout_of(spec, options, pp_rank=i).bytes_per_block // 65_536 for i in range(3)]
     assert sizes == [2, 2, 1]
     assert Parallel(pipeline_parallel_size=3).world_size == 3
+
+
+def test_heads_of_other_shapes_are_of_another_kind() -> None:
+    """Twice the heads of half the size take the same bytes, and engines put them elsewhere."""
+    spec = read_spec("Llama-3.1-8B")
+    mixer = spec.layers[0].mixers[0]
+    other = replace(mixer, num_kv_heads=16, head_dim=64)
+    layers = (spec.layers[0], replace(spec.layers[0], mixers=(other,)), *spec.layers[2:])
+    kinds = layer_kinds(replace(spec, layers=layers), Rank(), CacheDtypes.of("BF16"))
+    assert {(kind.token_bytes, kind.heads): count for kind, count in kinds.items()} == {
+        (4096, (8, 128, 128)): 31,
+        (4096, (16, 64, 64)): 1,
+    }

@@ -27,6 +27,8 @@ class LayerKind:
     """A `CacheKind`, or `state`."""
     token_bytes: int = 0
     state_bytes: int = 0
+    heads: tuple[int, int, int] | None = None
+    """Slots and their key and value sizes: engines tell layers apart whose bytes are the same."""
     window: int | None = None
     chunk: int | None = None
     block_size: int | None = None
@@ -193,6 +195,7 @@ def _kind(cache: Cache, dtypes: CacheDtypes, *, windows: bool) -> LayerKind:
     return LayerKind(
         kind=cache.kind.value,
         token_bytes=token_bytes(cache, dtypes.tokens),
+        heads=(cache.slots, cache.key_size, cache.value_size),
         window=cache.window if windows else None,
         chunk=cache.chunk if windows else None,
     )
