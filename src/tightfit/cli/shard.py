@@ -7,7 +7,7 @@ import typer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
-from tightfit.cli.options.layout import PipelineParallelSize
+from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, note, print_json, progress, warn
 from tightfit.errors import UsageError
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
@@ -26,11 +26,18 @@ def shard(
     ],
     tensor_parallel_size: o.TensorParallelSize = 1,
     pipeline_parallel_size: PipelineParallelSize = None,
+    enable_expert_parallel: EnableExpertParallel = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
     layout: Annotated[
-        str, typer.Option(help="Engine that will load it: " + ", ".join(LAYOUTS) + ".")
+        str,
+        typer.Option(
+            help="Engine that will load it: "
+            + ", ".join(LAYOUTS)
+            + "; or a version, such as vllm-0.25.1. Only the default was loaded in its engine, the "
+            "others were read in sources."
+        ),
     ] = DEFAULT_LAYOUT,
     ranks: Annotated[
         str | None,
@@ -91,9 +98,12 @@ def shard(
         chosen,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=stages,
+        expert_parallel=bool(enable_expert_parallel),
         max_shard_bytes=size,
         ranks=None if ranks is None else parse_ranks(ranks),
     )
+    for text in job.notes:
+        warn(text)
     missing: tuple[int, ...] = ()
     if not dry_run:
         with (
@@ -128,6 +138,7 @@ def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) 
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
+        "expert_parallel": job.parallel.expert_parallel,
         "ranks": list(job.ranks),
         "missing_ranks": list(missing),
         "total_bytes": job.output_bytes,
@@ -169,4 +180,8 @@ def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> N
         flags = "--load-format sharded_state"
         flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
         flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
+        flags += " --enable-expert-parallel" if job.parallel.expert_parallel else ""
         page.print(Text(f"next: vllm serve {out} {flags}"))
+    elif job.layout.name.startswith("sglang") and not dry_run:
+        flags = f"--load-format sharded_state --tp-size {job.parallel.tensor_parallel_size}"
+        page.print(Text(f"next: python -m sglang.launch_server --model-path {out} {flags}"))

@@ -90,7 +90,7 @@ class ShardJob(Job):
     @property
     def notes(self) -> tuple[str, ...]:
         """What an engine will do with the files that nobody would expect."""
-        return loading_notes(self.spec, self.parallel)
+        return (*self.layout.notes, *loading_notes(self.spec, self.parallel))
 
 
 def prepare(
@@ -134,6 +134,7 @@ def prepare(
     )
     if expert_parallel:
         _check_experts(spec, layout)
+    layout.check(spec, parallel)
     try:
         check_parallel(spec, parallel)
     except LayoutError as error:

@@ -19,7 +19,12 @@ from tightfit.checkpoint.describe import describe
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.header import TensorInfo, read_header
 from tightfit.checkpoint.source import Source
-from tightfit.errors import CheckpointError, LayoutError, VerificationError
+from tightfit.errors import (
+    CheckpointError,
+    LayoutError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.model.stored import LAYOUTS, rank_tensors
 from tightfit.sharding.boxes import Held, Owned, Replica, compose, key, own
@@ -180,7 +185,7 @@ def _by_layout(
                     info = of_rank[tensor.name]
                     for piece in tensor.pieces:
                         held[piece.source].append(Held(tensor=info, piece=piece))
-        except LayoutError as error:
+        except (LayoutError, UnsupportedModelError) as error:
             why.append(error.message)
             continue
         files = {**headers, **kept}
