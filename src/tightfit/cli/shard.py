@@ -104,6 +104,8 @@ def shard(
     )
     for text in job.notes:
         warn(text)
+    for text in job.notes:
+        warn(text)
     missing: tuple[int, ...] = ()
     if not dry_run:
         with (
