@@ -1,13 +1,14 @@
 """CLIP's vision encoder (vLLM's `models/clip.py`), of which models use an inner layer's output."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from tightfit.errors import ConfigError
 from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
+from tightfit.model.towers.vision_config import VisionSizes, check_multiple, vision_sizes
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -17,45 +18,10 @@ from tightfit.model.towers.vit import (
     vision_mlp,
 )
 
-_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-}
-"""Of `CLIPVisionConfig`."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clip:
-    """Its sizes, read from a `vision_config`."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    image_size: int
-    patch_size: int
-    channels: int
-    activation: str
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image; the encoder also sees a class token."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def head_dim(self) -> int:
-        """Features of a head."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def pixels(self) -> int:
-        """Elements of an image."""
-        return self.channels * self.image_size**2
+class Clip(VisionSizes):
+    """Its sizes; the encoder also sees a class token."""
 
     def weights(self, prefix: str) -> Iterator[Weight]:
         """Class token, patches, positions, layers; `prefix` ends in `vision_model`."""
@@ -96,29 +62,10 @@ def clip(config: Config) -> Clip:
     Raises:
         ConfigError: its heads or patches do not divide.
     """
-    config = config.with_defaults(_DEFAULTS)
-    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    image, patch = config.integer("image_size"), config.integer("patch_size")
-    for whole, part, names in (
-        (hidden, heads, ("hidden_size", "num_attention_heads")),
-        (image, patch, ("image_size", "patch_size")),
-    ):
-        if whole % part:
-            raise ConfigError(
-                f"{config.name} has {names[0]} = {whole}, which is not a multiple of "
-                f"{names[1]} = {part}",
-                hint="correct the config.json",
-            )
-    return Clip(
-        hidden_size=hidden,
-        intermediate_size=config.integer("intermediate_size"),
-        num_layers=config.integer("num_hidden_layers", maximum=1000),
-        num_heads=heads,
-        image_size=image,
-        patch_size=patch,
-        channels=config.integer("num_channels"),
-        activation=config.text("hidden_act", default="quick_gelu"),
-    )
+    sizes = vision_sizes(config, patch_size=32, activation="quick_gelu")
+    image, patch = ("image_size", sizes.image_size), ("patch_size", sizes.patch_size)
+    check_multiple(config, image, patch)
+    return Clip(**asdict(sizes))
 
 
 def feature_layers(config: Config, key: str, num_layers: int, default: int) -> int:
