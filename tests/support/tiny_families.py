@@ -289,6 +289,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie45": ("Ernie4_5Config", {"head_dim": 32, "tie_word_embeddings": True}),
     "hunyuan": ("HunYuanDenseV1Config", {"head_dim": 32}),
     "helium": ("HeliumConfig", {"head_dim": 32}),
+    "hyperclovax": ("HyperCLOVAXConfig", {"use_post_norm": True, "attention_multiplier": 0.2}),
     "olmo": ("OlmoConfig", {}),
     "cwm": ("CwmConfig", {"head_dim": 32, "sliding_window": 16}),
     "apertus": ("ApertusConfig", {}),

@@ -34,6 +34,7 @@ _VERIFIED = (
     "HeliumForCausalLM",
     "OlmoForCausalLM",
     "CwmForCausalLM",
+    "HyperCLOVAXForCausalLM",
 )
 
 
