@@ -172,6 +172,8 @@ def test_blocks_of_gpt_oss(quantized_model: QuantizedModel, tmp_path: Path) -> N
         assert torch.equal(found[f"{new}w13_weight_scale"], scales)
         down = source[f"{old}down_proj_blocks"].flatten(2).chunk(2, dim=2)[rank]
         assert torch.equal(found[f"{new}w2_weight"], down)
+        # The first rank adds it to the sum of all.
+        assert torch.equal(found[f"{new}w2_bias"], source[f"{old}down_proj_bias"] * (rank == 0))
         down = source[f"{old}down_proj_scales"].chunk(2, dim=2)[rank]
         assert torch.equal(found[f"{new}w2_weight_scale"], down)
 
