@@ -14,7 +14,9 @@ from tightfit.errors import OutputError
 from tightfit.model.stored import stored_layout
 from tightfit.sharding import by_part, remote
 from tightfit.sharding.manifest import Manifest
+from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.remote import shard_to
+from tightfit.sharding.remote_merge import merge_to
 from tightfit.sharding.shard import ShardJob, prepare, shard
 
 TinyModel = Callable[[str], Path]
@@ -144,6 +146,30 @@ def test_interrupted(
     assert bars.totals == {}
     with pytest.raises(OutputError, match="is not empty"):
         write(source, url, 4)
+
+
+def test_an_interrupted_merge(
+    s3: S3, bucket: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_part, "WINDOW_BYTES", 2**14)
+    monkeypatch.setattr(remote, "PARTS_AT_A_TIME", 2)
+    shard(job_of(tiny_model("llama"), 4), tmp_path / "four", NoProgress())
+    job = prepare_merge(open_checkpoint(str(tmp_path / "four")), max_shard_bytes=10**5)
+    url = f"s3://{bucket}/out"
+    with pytest.raises(KeyboardInterrupt):
+        merge_to(job, url, Stop(0.7))
+    there = s3.keys(bucket, "out/")
+    complete = {key for key in there if key.endswith(".safetensors")}
+    assert complete
+    assert "config.json" not in there
+    with pytest.raises(OutputError, match="holds an unfinished output"):
+        merge_to(job, url, NoProgress())
+    bars = Stop(2.0)
+    merge_to(job, url, bars, resume=True)
+    left = [part.nbytes for part in job.parts if part.name not in complete]
+    assert bars.totals["uploading"] == sum(left)
+    merge(job, tmp_path / "merged", NoProgress())
+    assert stored(s3, bucket) == digests(tmp_path / "merged")
 
 
 def test_what_somebody_replaced_is_sent_again(

@@ -90,8 +90,13 @@ def test_there_and_back(s3: S3, model: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert tightfit("shard", model, tmp_path / "tp4", "-tp", "4").returncode == 0
     assert stored(s3, "back", "tp4/") == digests(tmp_path / "tp4")
-    done = tightfit("merge", "s3://back/tp4", tmp_path / "merged")
+    done = tightfit("merge", "s3://back/tp4", tmp_path / "merged", "--max-shard-size", "20MB")
     assert done.returncode == 0, done.stderr
+    done = tightfit("merge", "s3://back/tp4", "s3://back/m", "--max-shard-size", "20MB")
+    assert done.returncode == 0, done.stderr
+    assert stored(s3, "back", "m/") == digests(tmp_path / "merged")
+    done = tightfit("merge", "s3://back/tp4", "s3://back/m", "--max-shard-size", "20MB")
+    assert_error(done, 2, "the output directory s3://back/m is not empty")
     done = tightfit("verify", "s3://back/tp4", "--against", tmp_path / "merged")
     assert done.returncode == 0, done.stdout
 

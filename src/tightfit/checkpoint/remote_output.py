@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tightfit.checkpoint.source import FsspecSource, safe_name
 from tightfit.errors import OutputError, TightfitError
 
-BLOCK_BYTES = 6 * 2**20
+BLOCK_BYTES = 5 * 2**20
 _MOST_BLOCKS = 9_000
 """S3 takes 10,000 blocks of a file."""
 _WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss")

@@ -1,6 +1,5 @@
 """`tightfit merge`: a plain checkpoint back from a sharded one."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,9 @@ def merge(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new directory.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
+    ],
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -51,7 +52,12 @@ def merge(
     job = prepare_merge(open_checkpoint(directory), max_shard_bytes=size)
     if not dry_run:
         with progress(quiet=quiet) as bars:
-            write(job, out, bars, resume=resume)
+            if is_remote(out):
+                from tightfit.sharding.remote_merge import merge_to
+
+                merge_to(job, out, bars, resume=resume, notice=note)
+            else:
+                write(job, local_path_of(out), bars, resume=resume)
     if job.not_returned and not quiet:
         note(
             f"{len(job.not_returned)} tensors of the source, such as {job.not_returned[0]!r}, are "
@@ -72,10 +78,10 @@ def merge(
         )
 
 
-def _document(job: MergeJob, out: Path, dry_run: bool) -> dict[str, Any]:
+def _document(job: MergeJob, out: str, dry_run: bool) -> dict[str, Any]:
     return {
         "schema": 1,
-        "output": str(out),
+        "output": out,
         "written": not dry_run,
         "layout": job.rank_files.layout,
         "tensor_parallel_size": job.rank_files.parallel.tensor_parallel_size,

@@ -36,9 +36,9 @@ from tightfit.sharding.windows import (
 WINDOW_BYTES = 2**21
 TURNED_WINDOW_BYTES = 2**23
 """Each window of a transposition needs all rows of the source, so it has to be a large one."""
-_AHEAD_BYTES = 2**24
+_AHEAD_BYTES = 12 * 2**20
 _READERS = 8
-_WRITERS = 4
+_WRITERS = 3
 
 
 class Sink(Protocol):

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tightfit.checkpoint.files import CONFIG, MANIFEST
+from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
 from tightfit.errors import OutputError
+from tightfit.sharding.admission import check_same, check_there
 from tightfit.sharding.attempts import Attempts
 from tightfit.sharding.job import Job
 from tightfit.sharding.journal import Journal, States
@@ -27,15 +28,12 @@ from tightfit.sharding.ranks import (
     rank_manifest,
     read_job,
     read_rank_manifest,
-    show_ranks,
 )
-from tightfit.sharding.side_files import side_files
 
 Read = Callable[[int, int], bytes]
 """Gives the bytes of a file from one place to another."""
 
 _BLOCK_BYTES = 2**23
-_RANK_PREFIXES = ("model-rank-", "model-pp-", "tightfit-")
 
 
 class ShardOutput:
@@ -256,64 +254,22 @@ class ShardOutput:
 
     def _check_there(self, names: set[str]) -> None:
         """Go on only in a directory that is the beginning of this very job."""
-        path = self.path
-        ours = {name for name in names if name.startswith("tightfit-")}
-        allowed = {CONFIG, *side_files(self._job.checkpoint)}
-        foreign = [
-            name
-            for name in sorted(names)
-            if not name.startswith(_RANK_PREFIXES)
-            and name not in allowed
-            and not name.endswith(".partial")
-        ]
-        if foreign or not ours or not (self._resume or self._partly):
-            unfinished = ours and not foreign and MANIFEST not in names
-            raise OutputError(
-                f"the output directory {path} "
-                + ("holds an unfinished output" if unfinished else "is not empty"),
-                hint=(
-                    "--resume continues it; or give a new directory"
-                    if unfinished
-                    else "give a new directory, or remove that one yourself"
-                ),
-            )
-        mine = self._job.identity
-        for name in sorted(ours - {MANIFEST}):
-            other = read_job(path / name)
-            differing = [key for key in mine if other and other.get(key) != mine[key]]
-            if differing and other is not None:
-                key = differing[0]
-                raise OutputError(
-                    f"{path} holds ranks of another job: its {key} is {other.get(key)!r:.80}, and "
-                    f"not {mine[key]!r}",
-                    hint="give a new directory, or the same options and source as there",
-                )
-        if not self._resume:
-            taken = sorted({r for r in self._job.ranks if rank_manifest(r) in names})
-            if taken or MANIFEST in names:
-                raise OutputError(
-                    f"{path} already has rank{'s' if len(taken) > 1 else ''} {show_ranks(taken)}"
-                    if taken
-                    else f"{path} already has all ranks",
-                    hint="choose others (--ranks), or --resume to write only what is missing",
-                )
+        check_there(
+            str(self.path),
+            names,
+            self._job,
+            lambda name: read_job(self.path / name),
+            resume=self._resume,
+        )
 
     def _check_same(self, manifest: Manifest) -> None:
-        files = {file.name: file for file in manifest.files}
-        for part in self._job.parts:
-            file = files.get(part.name)
-            placed = [(one.tensor.name, one.offset, one.tensor.pieces) for one in part.placed]
-            if (
-                file is None
-                or manifest.source_fingerprint != self._job.source_fingerprint
-                or [(t.name, t.offset, t.pieces) for t in file.tensors] != placed
-                or not os.path.exists(self.path / part.name)
-                or os.stat(self.path / part.name).st_size != part.nbytes
-            ):
-                raise OutputError(
-                    f"{self.path} is the output of another job",
-                    hint="give a new directory; `tightfit verify` says what is in that one",
-                )
+        check_same(str(self.path), manifest, self._job, self._size)
+
+    def _size(self, name: str) -> int | None:
+        try:
+            return os.stat(self.path / name).st_size
+        except FileNotFoundError:
+            return None
 
     def _united(self, manifest: Manifest) -> Manifest:
         """The manifest of all ranks that have come; if these are all, write it."""
@@ -330,7 +286,12 @@ class ShardOutput:
         files = tuple(file for one in found for file in one.files)
         united = (found[0] if found else manifest).with_files(files)
         if len(found) == self._job.parallel.world_size:
-            self._write(self.path / MANIFEST, [_encoded(united.to_json())])
+            try:
+                self._write(self.path / MANIFEST, [_encoded(united.to_json())])
+            except FileNotFoundError:
+                # Somebody else saw the last rank at the same moment, and has already tidied up.
+                if not os.path.exists(self.path / MANIFEST):
+                    raise
         return united
 
     def _tidy(self, manifest: Manifest) -> None:

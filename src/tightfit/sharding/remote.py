@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.checkpoint.remote_output import BLOCK_BYTES, RemoteDirectory, encoded
 from tightfit.checkpoint.source import Source
@@ -24,7 +25,7 @@ from tightfit.errors import CheckpointError, OutputError, TightfitError, Verific
 from tightfit.sharding.admission import check_same, check_there
 from tightfit.sharding.agreement import check_rank_files
 from tightfit.sharding.by_part import PartWork, plan_parts, write_parts
-from tightfit.sharding.job import ShardJob
+from tightfit.sharding.job import Job, ShardJob
 from tightfit.sharding.manifest import Manifest, manifest_of
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress
@@ -80,7 +81,8 @@ def shard_to(
     except KeyboardInterrupt:
         notice(upload.safe())
         raise
-    _write_side_files(job, place)
+    copy_side_files(job.checkpoint, place)
+    place.write(CONFIG, [config_to_write(job)])
     return _vouch(job, place, upload.checksums)
 
 
@@ -88,7 +90,7 @@ def shard_to(
 class Upload:
     """The parts of a job on their way."""
 
-    job: ShardJob
+    job: Job
     place: RemoteDirectory
     checksums: Checksums = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -239,14 +241,14 @@ def _groups(works: list[PartWork]) -> Iterator[list[PartWork]]:
         yield [work for _, _, work in order[first : first + PARTS_AT_A_TIME]]
 
 
-def _write_side_files(job: ShardJob, place: RemoteDirectory) -> None:
-    source = job.checkpoint.source
-    for name in side_files(job.checkpoint):
+def copy_side_files(checkpoint: Checkpoint, place: RemoteDirectory) -> None:
+    """Copy what belongs to a model beside its weights and its config."""
+    source = checkpoint.source
+    for name in side_files(checkpoint):
         size = source.size(name)
         with place.errors(name), place.open(name, size) as sink:
             for at in range(0, size, BLOCK_BYTES):
                 sink.write(memoryview(source.read(name, at, min(at + BLOCK_BYTES, size))))
-    place.write(CONFIG, [config_to_write(job)])
 
 
 def _vouch(

@@ -1,0 +1,81 @@
+"""`tightfit merge` to a distant store: weights, index, what goes with them, and the config last.
+
+Nothing loads a directory without a config. Until it comes, notes beside the weights prove them as
+for `shard`; after it they go.
+"""
+
+from collections.abc import Callable
+
+from tightfit.checkpoint.files import CONFIG, INDEX
+from tightfit.checkpoint.remote_output import RemoteDirectory
+from tightfit.errors import OutputError
+from tightfit.sharding.merge import MergeJob
+from tightfit.sharding.progress import Progress
+from tightfit.sharding.ranks import job_of, part_note
+from tightfit.sharding.remote import Upload, copy_side_files
+from tightfit.sharding.side_files import config_text, side_files
+
+
+def merge_to(
+    job: MergeJob,
+    url: str,
+    progress: Progress,
+    *,
+    resume: bool = False,
+    notice: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Check the rank files, and write the checkpoint to an fsspec URL.
+
+    What is complete stays whatever happens, and `resume` goes on with it. `notice` is told what
+    an interruption leaves.
+
+    Raises:
+        OutputError: there is something else, or it cannot be written.
+        VerificationError: a tensor is damaged, or ranks hold different copies of it.
+        CheckpointError: a rank file is truncated, or changed meanwhile.
+    """
+    place = RemoteDirectory(url)
+    names = place.names()
+    notes = {part_note(part.rank.rank, part.name) for part in job.parts}
+    if names:
+        _check_there(place, names, notes, job, resume=resume)
+    place.prepare()
+    upload = Upload(job=job, place=place)
+    try:
+        upload.run(names, progress)
+    except KeyboardInterrupt:
+        notice(upload.safe())
+        raise
+    if job.index is not None:
+        place.write(INDEX, [job.index.encode()])
+    copy_side_files(job.checkpoint, place)
+    place.write(CONFIG, [config_text(job.checkpoint.config).encode()])
+    place.remove(notes)
+
+
+def _check_there(
+    place: RemoteDirectory, names: set[str], notes: set[str], job: MergeJob, *, resume: bool
+) -> None:
+    parts = {part.name for part in job.parts}
+    begun = bool(names & notes)
+    foreign = names - parts - notes - {INDEX, CONFIG, *side_files(job.checkpoint)}
+    if foreign or not begun or not resume:
+        unfinished = begun and not foreign
+        raise OutputError(
+            f"the output directory {place.label} "
+            + ("holds an unfinished output" if unfinished else "is not empty"),
+            hint=(
+                "--resume continues it; or give a new directory"
+                if unfinished
+                else "give a new directory, or remove that one yourself"
+            ),
+        )
+    for name in sorted(names & notes):
+        other = job_of(place.read(name))
+        for key, value in job.identity.items():
+            if other is not None and other.get(key) != value:
+                raise OutputError(
+                    f"{place.label} is the beginning of another merge: its {key} is "
+                    f"{other.get(key)!r:.80}, and not {value!r}",
+                    hint="give a new directory, or the same options and source as there",
+                )
