@@ -125,9 +125,10 @@ def test_real_models(name: str) -> None:
     # transformers 5 renames the modules of other models when it loads a checkpoint.
     comparable = spec.is_plain and method in (None, "fp8")
     tensors, count = theirs(config, quantized=comparable)
-    # transformers has Gemma 4's as buffers, and does not count them.
-    scalars = sum(weight.name.endswith(".layer_scalar") for weight in plain_parameters(spec))
-    assert parameter_count(spec) == count + scalars
+    # transformers has these of Gemma 4 as buffers, and does not count them.
+    buffers = (".layer_scalar", ".std_bias", ".std_scale")
+    held = (weight for weight in plain_parameters(spec) if weight.name.endswith(buffers))
+    assert parameter_count(spec) == count + sum(part.rows for w in held for part in w.parts)
     if not comparable:
         return
     assert ours(spec) == tensors

@@ -381,13 +381,9 @@ UNSHARDED = (
     "bamba",  # vLLM 0.32 has no class for it
     "dbrx",
     "ernie45_moe",
-    "gemma4_mm",
-    "gemma4_moe",
     "gemma4_small",  # vLLM has its last layers in another module
     "glm",  # cut otherwise by way of transformers' class
     "gpt_bigcode",
-    "internvl_chat",
-    "kimi_k25",
     "lfm2",
     "minimax_m2",
     "mpt",

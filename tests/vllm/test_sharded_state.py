@@ -31,7 +31,7 @@ WITHOUT_TEXT = ("whisper",)
 _LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 # Latent attention differs between sizes in this build even unsharded, and linear attention is
 # computed in bfloat16 only: these are held against the unsharded model on as many ranks.
-AT_EQUAL_SIZE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", *_LINEAR)
+AT_EQUAL_SIZE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "kimi_k25", *_LINEAR)
 BFLOAT16 = _LINEAR
 CASES = [
     *((name, size) for name in NAMES for size in (1, 2)),

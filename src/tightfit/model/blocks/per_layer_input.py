@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from tightfit.model.blocks.base import Block, Place
 from tightfit.model.blocks.linear import column_parallel, norm, replicated
 from tightfit.model.layout import Axis, Cut, Part, Stage, Weight
+from tightfit.units import round_up
+
+_VOCAB_PADDING = 64
+"""vLLM's `DEFAULT_VOCAB_PADDING_SIZE`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +38,7 @@ def per_layer_tables(
     """
     width = num_layers * size
     name = f"{prefix}.embed_tokens_per_layer.weight"
-    vocab = Axis(label="vocab_size_per_layer_input", units=vocab_size)
+    vocab = Axis(label="vocab_size_per_layer_input", units=round_up(vocab_size, _VOCAB_PADDING))
     yield Weight(
         name=name,
         parts=(Part(source=name, rows=vocab_size, axis=vocab),),

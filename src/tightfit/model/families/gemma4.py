@@ -32,7 +32,7 @@ _DEFAULTS = {
     "sliding_window": 512,
     "tie_word_embeddings": True,
 }
-IGNORED = (r"\.(in|out)put_(min|max)$", r"\.std_(bias|scale)$")
+IGNORED = (r"\.(in|out)put_(min|max)$",)
 """Buffers of a few elements."""
 
 
@@ -41,8 +41,17 @@ def spec(config: Config) -> ModelSpec:
     if config.strings("architectures")[0] == "Gemma4ForCausalLM":
         return _text(config)
     text = text_spec(config, "Gemma4ForCausalLM")
-    towers = gemma4_towers(config, text.hidden_size)
-    return nested(text, "model.language_model", "lm_head", towers)
+    towers, vision = gemma4_towers(config, text.hidden_size), config.section("vision_config")
+    known = _names_are_known(text) and config.raw("audio_config") is None
+    known = known and vision is not None and not vision.boolean("use_clipped_linears")
+    return nested(text, "model.language_model", "lm_head", towers, verified=known)
+
+
+def _names_are_known(text: ModelSpec) -> bool:
+    """Layers that share a cache are in modules of their own, and bring inputs of each layer."""
+    mixers = (mixer for layer in text.layers for mixer in layer.mixers)
+    shared = any(isinstance(mixer, Attention) and mixer.shares_cache for mixer in mixers)
+    return not text.extras and not shared
 
 
 def _text(config: Config) -> ModelSpec:

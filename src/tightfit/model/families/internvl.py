@@ -48,5 +48,5 @@ def spec(config: Config) -> ModelSpec:
         tower = internvl_chat_tower(config, text.hidden_size, has_video=has_video)
     else:
         tower = internvl_tower(config, text.hidden_size)
-    at, verified = "language_model", not chat and kind not in ("qwen3_moe", "gpt_oss")
+    at, verified = "language_model", kind not in ("qwen3_moe", "gpt_oss")
     return nested(text, f"{at}.model", f"{at}.lm_head", (tower,), verified=verified)

@@ -13,4 +13,5 @@ def spec(config: Config) -> ModelSpec:
     """The decoder is DeepSeek V3's."""
     text = text_spec(config, "DeepseekV3ForCausalLM")
     tower = moonvit_tower(config, text.hidden_size)
-    return nested(text, "language_model.model", "language_model.lm_head", (tower,))
+    at = "language_model"
+    return nested(text, f"{at}.model", f"{at}.lm_head", (tower,), verified=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tightfit.model.blocks.attention import Projections, QKNorm
-from tightfit.model.blocks.linear import replicated
+from tightfit.model.blocks.linear import replicated, vector
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
 from tightfit.model.towers.base import Item, Media, Sizes, Tower, scoped, size_limit
@@ -142,6 +142,9 @@ def _vision(vision: Config, text_hidden_size: int) -> Tower:
         yield from replicated(f"{at}.input_proj", rows=hidden, columns=3 * patch**2, where=WHERE)
         for weight in layers.weights():
             yield from apart(weight)
+        if vision.boolean("standardize"):
+            for name in ("std_bias", "std_scale"):
+                yield vector(f"model.vision_tower.{name}", hidden, WHERE)
         yield from replicated(
             "model.embed_vision.embedding_projection",
             rows=text_hidden_size,
