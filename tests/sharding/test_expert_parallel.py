@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.quantized_models import make_quantized_model
 from support.slicing import read_rank
 from support.work import merge_shards, write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
@@ -103,6 +104,9 @@ def test_refusals(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     with pytest.raises(UsageError, match="the built-in runtime gives every rank a slice"):
         write_shards(model, tmp_path / "out", 2, expert_parallel=True, layout="builtin")
+    make_quantized_model("FP8_DYNAMIC", "experts", tmp_path / "fp8")
+    with pytest.raises(UnsupportedModelError, match="whole experts of quantized"):
+        write_shards(tmp_path / "fp8", tmp_path / "out", 2, expert_parallel=True)
     assert not (tmp_path / "out").exists()
     one = write_shards(model, tmp_path / "one", 1, expert_parallel=True)
     assert not one.expert_parallel

@@ -5,7 +5,8 @@ usage: vllm_jobs.py JOBS.json   where JOBS is a list of {"directory", "load_form
 vLLM is imported once; each job forks one process per rank, joined by gloo (the executor
 `external_launcher`), because a fresh engine costs half a minute of imports. Every job gives one
 line of JSON with its tokens and log-probabilities, or an error. Without a "dtype" everything is
-computed in float32, so that the order of sums does not change tokens between sizes.
+computed in float32, so that the order of sums does not change tokens between sizes. With "save", a
+directory, vLLM itself writes its sharded state there.
 """
 
 import json
@@ -69,6 +70,8 @@ def run_rank(job, rank, port, results):
         outputs = [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
         answer["tokens"] = [list(o.token_ids) for o in outputs]
         answer["logprobs"] = [o.cumulative_logprob for o in outputs]
+        if "save" in job:
+            llm.llm_engine.engine_core.save_sharded_state(job["save"], None, None)
     except BaseException as error:
         answer["error"] = f"{type(error).__name__}: {error}"[:500]
     results.put(answer)

@@ -199,6 +199,12 @@ def _check_experts(spec: ModelSpec, layout: StoredLayout) -> None:
             f"{spec.architecture} has no experts to deal out",
             hint="leave out --enable-expert-parallel",
         )
+    if spec.quantization is not None:
+        raise UnsupportedModelError(
+            f"sharding whole experts of quantized {spec.architecture} is not supported: what vLLM "
+            "wants of them has not been verified",
+            hint="leave out --enable-expert-parallel, or shard the unquantized model",
+        )
     if layout.name == "builtin":
         raise UsageError(
             "the built-in runtime gives every rank a slice of each expert",
