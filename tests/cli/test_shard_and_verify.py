@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.cli import ESCAPE, assert_error, tightfit
+from support.random_models import write_random_model
 
 TinyModel = Callable[[str], Path]
 
@@ -76,6 +77,61 @@ def test_usage_errors(
     done = tightfit("shard", tiny_model("llama"), tmp_path / "out", *arguments)
     assert_error(done, 2, message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message", "sizes"),
+    [
+        ({}, 3, "num_attention_heads = 4", "1, 2, 4"),
+        (
+            {
+                "hidden_size": 192,
+                "head_dim": 16,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 4,
+                "intermediate_size": 240,
+            },
+            6,
+            "the 4 groups (KV heads) of num_attention_heads = 12: one has to divide the other",
+            "1, 2, 4",
+        ),
+        ({"intermediate_size": 250}, 4, "intermediate_size = 250", "1, 2"),
+        (
+            {"num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 2},
+            128,
+            "the padded vocabulary = 320",
+            "1, 2, 4, 8, 16, 32, 64",
+        ),
+    ],
+)
+def test_dry_run_says_which_sizes_would_do(
+    config: dict[str, int],
+    size: int,
+    message: str,
+    sizes: str,
+    tiny_model: TinyModel,
+    tmp_path: Path,
+) -> None:
+    """Before any work, and of the config alone: not one weight has to be there."""
+    base = json.loads((tiny_model("llama") / "config.json").read_bytes())
+    model = write_random_model(base | config, tmp_path / "model", seed=1)
+    done = tightfit("shard", model, tmp_path / "out", "-tp", str(size), "--dry-run")
+    assert done.returncode == 2
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert str(size) in error
+    assert hint.startswith(f"hint: tensor parallel sizes that work: {sizes}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_says_what_loads_it(tiny_model: TinyModel, tmp_path: Path) -> None:
+    done = tightfit("shard", tiny_model("llama"), tmp_path / "out", "-tp", "4", "--dry-run")
+    assert done.returncode == 0
+    assert " ".join(done.stdout.split()).endswith(
+        "vLLM 0.32 to 0.33 would load it with --load-format sharded_state --tensor-parallel-size 4"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_outputs_that_exist(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,48 @@ def test_too_little_space_is_known_before(
     # What is there already needs no more room.
     monkeypatch.setattr(writer, "_free_bytes", lambda path: 10**5)
     write(model, out, resume=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, on which the tiny model has room once, and not twice."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "none", path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"this user cannot mount a file system: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_disk_that_is_too_small(
+    known: bool,
+    resume: bool,
+    tiny_model: TinyModel,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is said before anything is copied, and also if somebody else takes the room meanwhile."""
+    out, other = small_disk / "out", small_disk / "other"
+    other.write_bytes(bytes(800_000))
+    if not known:
+        monkeypatch.setattr(writer, "_free_bytes", lambda path: None)
+    with pytest.raises(OutputError) as e:
+        write(tiny_model("llama"), out, resume=resume)
+    if known:
+        assert "and its file system has" in e.value.message
+    else:
+        assert "no space left" in e.value.message
+    assert not (out / MANIFEST).exists()
+    assert resume or not out.exists()
+    monkeypatch.undo()
+    other.unlink()
+    write(tiny_model("llama"), out, resume=resume)
+    write(tiny_model("llama"), small_disk.parent / "whole")
+    assert digests(out) == digests(small_disk.parent / "whole")

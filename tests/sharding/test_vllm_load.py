@@ -178,15 +178,15 @@ def test_time_is_limited(
 
 
 def test_versions(fake: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("0.24.1", "0.34.0", "1.0"):
+    for version in ("0.31.1", "0.34.0", "1.0"):
         monkeypatch.setenv("FAKE_VERSION", version)
         with pytest.raises(UsageError) as e:
             load(made(1))
         assert e.value.message == (
-            f"layout vllm-0.32 is for vLLM 0.25 to 0.33, and {sys.executable} has {version}"
+            f"layout vllm-0.32 is for vLLM 0.32 to 0.33, and {sys.executable} has {version}"
         )
-    monkeypatch.setenv("FAKE_VERSION", "0.25.0rc1")
-    assert load(made(1)).version == "0.25.0rc1"
+    monkeypatch.setenv("FAKE_VERSION", "0.33.0rc1")
+    assert load(made(1)).version == "0.33.0rc1"
 
 
 def test_devices(fake: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

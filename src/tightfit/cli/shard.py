@@ -15,6 +15,7 @@ from tightfit.sharding.executors import EXECUTORS, open_executor
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
+from tightfit.sharding.vllm_load import show_versions
 from tightfit.units import MiB, format_bytes, parse_bytes
 
 
@@ -177,13 +178,16 @@ def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> N
     page.print(Text(summary))
     if missing:
         page.print(Text(f"not whole yet; missing ranks: {show_ranks(missing)}"))
-    elif job.layout.name.startswith("vllm") and not dry_run:
+    elif job.layout.name.startswith("vllm"):
         stages = job.parallel.pipeline_parallel_size
         flags = "--load-format sharded_state"
         flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
         flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
         flags += " --enable-expert-parallel" if job.parallel.expert_parallel else ""
-        page.print(Text(f"next: vllm serve {out} {flags}"))
+        if dry_run:
+            page.print(Text(f"vLLM {show_versions(job.layout)} would load it with {flags}"))
+        else:
+            page.print(Text(f"next: vllm serve {out} {flags}"))
     elif job.layout.name.startswith("sglang") and not dry_run:
         flags = f"--load-format sharded_state --tp-size {job.parallel.tensor_parallel_size}"
         page.print(Text(f"next: python -m sglang.launch_server --model-path {out} {flags}"))

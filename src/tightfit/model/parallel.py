@@ -155,8 +155,12 @@ class Axis:
             elif units_dealt := deal(per_group, ranks // groups, index, uneven=uneven):
                 share = group * per_group + units_dealt[0], units_dealt[1]
         if share is None:
+            what = f"{self.label} = {self.units}"
             raise LayoutError(
-                f"tensor parallel size {ranks} does not divide {self.label} = {self.units}"
+                f"tensor parallel size {ranks} does not divide {what}"
+                if self.units % ranks or groups == self.units
+                else f"tensor parallel size {ranks} does not fit the {groups} groups (KV heads) of "
+                f"{what}: one has to divide the other"
             )
         first, rows = share[0] * self.unit_rows, share[1] * self.unit_rows
         if self.local_blocks:

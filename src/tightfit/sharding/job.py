@@ -140,8 +140,11 @@ def prepare(
     except LayoutError as error:
         if spec.quantization is not None or parallel.expert_parallel:
             raise
-        # This raises by itself if our own runtime cannot do it either.
-        check_parallel(spec, replace(parallel, uneven=True))
+        try:
+            check_parallel(spec, replace(parallel, uneven=True))
+        except LayoutError as worse:
+            # Our own runtime cannot do it either, and takes other sizes than that engine.
+            raise LayoutError(worse.message, hint=error.hint) from None
         hint = f"{error.hint}; or --layout builtin, which `tightfit run` loads"
         raise LayoutError(error.message, hint=hint) from None
     chosen = _chosen(ranks, parallel)

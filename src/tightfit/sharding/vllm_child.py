@@ -91,6 +91,7 @@ def _generated(job: Answer, more: Answer) -> Answer:
         load_format="sharded_state",
         tensor_parallel_size=job["tensor_parallel_size"],
         pipeline_parallel_size=job["pipeline_parallel_size"],
+        enable_expert_parallel=job["enable_expert_parallel"],
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=job["max_model_len"],

@@ -21,11 +21,10 @@ from threading import Thread
 from typing import IO, Any
 
 from tightfit.errors import UsageError, VerificationError
+from tightfit.model.stored.layouts import StoredLayout, stored_layout
 from tightfit.sharding.manifest import Manifest
 
 PYTHON_VARIABLE = "TIGHTFIT_VLLM_PYTHON"
-VERSIONS = {"vllm-0.32": ((0, 25), (0, 33))}
-"""First and last version of vLLM that read a layout; others read that of their own number."""
 
 _ERROR = re.compile(r"((?:\w+\.)*\w*(?:Error|Exception)): (.+)")
 _SECOND_HAND = ("Engine core initialization failed", "Worker failed with error", "WorkerProc ")
@@ -66,14 +65,16 @@ def load_in_vllm(
         UsageError: there is no vLLM, or not one for this layout, or it has too few devices.
         VerificationError: vLLM does not load the files, or not in time, or computes no numbers.
     """
-    versions = _versions(manifest)
+    layout = stored_layout(manifest.layout)
+    read_by = _versions(layout)
     interpreter = _interpreter(python)
     ranks = manifest.tensor_parallel_size * manifest.pipeline_parallel_size
     job = {
         "directory": str(directory.absolute()),
         "tensor_parallel_size": manifest.tensor_parallel_size,
         "pipeline_parallel_size": manifest.pipeline_parallel_size,
-        "versions": versions,
+        "versions": read_by,
+        "enable_expert_parallel": manifest.expert_parallel,
         "max_model_len": _MOST_TOKENS,
     }
     tail: deque[str] = deque(maxlen=500)
@@ -117,15 +118,23 @@ def load_in_vllm(
     )
 
 
-def _versions(manifest: Manifest) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    match = re.fullmatch(r"vllm-(\d+)\.(\d+)", manifest.layout)
-    if match is None:
+def show_versions(layout: StoredLayout) -> str:
+    """`0.32 to 0.33`.
+
+    Raises:
+        UsageError: it is not for vLLM.
+    """
+    first, last = (".".join(map(str, one)) for one in _versions(layout))
+    return first if first == last else f"{first} to {last}"
+
+
+def _versions(layout: StoredLayout) -> tuple[tuple[int, int], tuple[int, int]]:
+    if layout.versions is None:
         raise UsageError(
-            f"layout {manifest.layout} is not for vLLM",
+            f"layout {layout.name} is not for vLLM",
             hint="shard the model again with a layout of vLLM (--layout)",
         )
-    own = (int(match[1]), int(match[2]))
-    return VERSIONS.get(manifest.layout, (own, own))
+    return layout.versions
 
 
 def _interpreter(python: str | None) -> str:
@@ -217,11 +226,10 @@ def _refuse(answer: dict[str, Any], manifest: Manifest, interpreter: str, ranks:
             hint="give the interpreter of the environment in which vLLM is installed (--python)",
         )
     if why == "version":
-        first, last = (".".join(map(str, one)) for one in _versions(manifest))
+        for_vllm = show_versions(stored_layout(manifest.layout))
         raise UsageError(
-            f"layout {manifest.layout} is for vLLM {first}"
-            + (f" to {last}" if last != first else "")
-            + f", and {interpreter} has {answer['version']}",
+            f"layout {manifest.layout} is for vLLM {for_vllm}, and {interpreter} has "
+            + answer["version"],
             hint="use such a version, or shard the model again with another --layout",
         )
     if why == "devices":
