@@ -114,18 +114,18 @@ def test_a_node_is_lost(
         spread(model, out, executor, bars)
         assert workers
         assert bars.done == bars.total
-        # Who was cut off before it said where it is, cannot be told from one that waits.
-        assert len(notices) == 1 or (end == "cut off" and not notices)
+        # Who was cut off before it was heard of cannot be told from one that waits.
+        assert notices or end == "cut off"
         for notice in notices:
             assert notice.startswith("model-rank-")
             assert " was lost, as its worker " in notice
-            assert notice.endswith("died; doing it again (attempt 2 of 4)")
         write(model, tmp_path / "whole")
         assert digests(out) == digests(tmp_path / "whole")
         if end == "cut off":
             # They go on where they were, and find nothing that they could damage.
             for pid in workers:
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
             time.sleep(1)
             assert digests(out) == digests(tmp_path / "whole")
 

@@ -27,7 +27,7 @@ from tightfit.sharding.executors import Advance
 
 MOST_ATTEMPTS = 4
 _POLL_SECONDS = 0.2
-_CANCEL_SECONDS = 3.0
+_REPORT_SECONDS = 3.0
 
 _NODES_SECONDS = 1.0
 
@@ -49,7 +49,7 @@ class _Report:
 _Reports = dict[int, _Report]
 
 _Answer = tuple[str, Any, int]
-"""`done` and the pickled result, or `failed` and an error's class, message and hint; and bytes."""
+"""`done` and the pickled result; `failed` and an error's class, message and hint; or `stopped`."""
 
 
 class RayExecutor:
@@ -62,6 +62,7 @@ class RayExecutor:
     def __init__(self, address: str | None, notice: Callable[[str], None]) -> None:
         self._address, self._notice = address, notice
         self._stack = ExitStack()
+        self._silent = False
 
     def __enter__(self) -> Self:
         return self
@@ -86,17 +87,24 @@ class RayExecutor:
         """Carry out all, on all machines alike."""
         if not tasks:
             return
+        if not self._silent:
+            # Ray tells there of every worker that dies, from a thread, and cannot be told not to.
+            self._stack.enter_context(redirect_stdout(_Nowhere()))
+            self._silent = True
         if not ray.is_initialized():
             self._stack.callback(ray.shutdown)
             with _own_signals():
                 self._connect()
-        # Ray tells there of every worker that dies, from a thread, and cannot be told not to.
-        with redirect_stdout(_Nowhere()):
-            run = _Run(work, shared, tasks, advance, self._notice)
-            try:
-                run.all(done)
-            finally:
-                run.cancel()
+        run = _Run(work, shared, tasks, advance, self._notice)
+        try:
+            run.all(done)
+        except BaseException:
+            run.stop()
+            # The end of our connection is the end of its workers.
+            self._stack.close()
+            self._silent = False
+            raise
+        run.stop()
 
     def _connect(self) -> None:
         # A cluster that is started here must not ask or tell anything on our stdout.
@@ -139,7 +147,11 @@ class _Run:
         self._dead = _dead_nodes()
         self._nodes_at = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        self._board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._board = (
+            ray.remote(_Board)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+            .remote()
+        )
         self._poll = self._board.reports.remote()
         # Once for all tasks, in the object store of each machine.
         self._shared = ray.put(pickle.dumps((work, shared)))
@@ -169,25 +181,21 @@ class _Run:
                     continue
                 if answer == "failed":
                     raise _error(*data)
+                if answer == "stopped":
+                    self._lost(number, "it was told to stop")
+                    continue
                 self._show(number, nbytes)
                 done(number, pickle.loads(data))
 
-    def cancel(self) -> None:
-        """Stop what still runs: politely, so that it can tidy up, then not."""
-        for force in (False, True):
-            for ref in self._running:
-                with suppress(Exception):
-                    ray.cancel(ref, force=force)
-            if self._running:
-                with suppress(ray.exceptions.RayError):
-                    running = list(self._running)
-                    _, left = ray.wait(running, num_returns=len(running), timeout=_CANCEL_SECONDS)
-                    self._running = {ref: self._running[ref] for ref in left}
+    def stop(self) -> None:
+        """Let what still runs or waits find out that nobody wants it any more."""
+        # Not by `ray.cancel`: if a task ends at that moment, Ray 2.60 aborts this process.
         with suppress(ray.exceptions.RayError):
             ray.kill(self._board)
 
     def _submit(self, number: int) -> None:
         self._attempts[number] += 1
+        self._board.expect.remote(number, self._attempts[number])
         ref = self._carry_out.remote(
             self._shared,
             pickle.dumps(self._tasks[number]),
@@ -231,8 +239,6 @@ class _Run:
             if report is not None and report.node_id not in dead:
                 continue
             del self._running[ref]
-            with suppress(Exception):
-                ray.cancel(ref, force=True)
             if report is None:
                 # Waiting, most likely, but perhaps for one of these.
                 self._submit(number)
@@ -248,7 +254,7 @@ class _Run:
         if wait:
             # The one that is under way may be older than what it is asked about.
             self._poll = self._board.reports.remote()
-        ready, _ = ray.wait([self._poll], timeout=_CANCEL_SECONDS if wait else 0)
+        ready, _ = ray.wait([self._poll], timeout=_REPORT_SECONDS if wait else 0)
         if ready:
             with suppress(ray.exceptions.RayError):
                 # Without the board there is less to see, and nothing less is done.
@@ -266,15 +272,20 @@ class _Run:
 
 
 class _Board:
-    """An actor that hears how far each task is, and where."""
+    """An actor that hears how far each task is, and where, and tells lost ones to stop."""
 
     def __init__(self) -> None:
         self._reports: _Reports = {}
+        self._expected: dict[int, int] = {}
 
-    def tell(self, number: int, attempt: int, node_id: str, address: str, nbytes: int) -> None:
-        # A lost attempt may still be heard of after the next one has begun.
-        if attempt >= self._reports.get(number, _Report()).attempt:
-            self._reports[number] = _Report(attempt, node_id, address, nbytes)
+    def expect(self, number: int, attempt: int) -> None:
+        self._expected[number] = attempt
+
+    def tell(self, number: int, attempt: int, node_id: str, address: str, nbytes: int) -> bool:
+        if attempt < self._expected.get(number, 0):
+            return False
+        self._reports[number] = _Report(attempt, node_id, address, nbytes)
+        return True
 
     def reports(self) -> _Reports:
         return self._reports
@@ -294,7 +305,19 @@ def _make_carry_out() -> Callable[..., _Answer]:
         node_id = ray.get_runtime_context().get_node_id()
         address = ray.util.get_node_ip_address()
         node = f"{address} (node {node_id[:8]})"
-        board.tell.remote(number, attempt, node_id, address, 0)
+
+        class StoppedError(BaseException):
+            pass
+
+        def report(nbytes: int) -> None:
+            # Who is cut off waits here, and who is not wanted any more ends.
+            try:
+                wanted = ray.get(board.tell.remote(number, attempt, node_id, address, nbytes))
+            except ray.exceptions.RayError:
+                wanted = False
+            if not wanted:
+                raise StoppedError
+
         hint = f"pip install tightfit=={version} on every machine of the cluster"
         try:
             import tightfit
@@ -316,10 +339,13 @@ def _make_carry_out() -> Callable[..., _Answer]:
             now = time.monotonic()
             if now - told > 0.2:
                 told = now
-                board.tell.remote(number, attempt, node_id, address, total)
+                report(total)
 
         try:
+            report(0)
             result = work(common, one, advance)
+        except StoppedError:
+            return "stopped", None, total
         except TightfitError as error:
             return "failed", (type(error).__name__, f"{node}: {error.message}", error.hint), total
         return "done", pickle.dumps(result), total
