@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from tightfit.checkpoint.source import FsspecSource, LocalSource, safe_name
+from tightfit.checkpoint.remote_source import FsspecSource
+from tightfit.checkpoint.source import LocalSource, safe_name
 from tightfit.errors import CheckpointError, ConfigError, MissingExtraError
 
 
@@ -121,7 +122,7 @@ def test_unreadable_file_is_one_line(tmp_path, monkeypatch):
 def without(package: str, url: str) -> subprocess.CompletedProcess[str]:
     code = (
         f"import sys; sys.modules[{package!r}] = None\n"
-        "from tightfit.checkpoint.source import FsspecSource\n"
+        "from tightfit.checkpoint.remote_source import FsspecSource\n"
         "from tightfit.errors import TightfitError\n"
         f"try: FsspecSource({url!r})\n"
         "except TightfitError as e: print(type(e).__name__, e, e.hint, sep='|')\n"

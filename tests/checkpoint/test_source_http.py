@@ -8,7 +8,7 @@ import pytest
 
 from support.file_server import FileServer
 from tightfit.checkpoint import store
-from tightfit.checkpoint.source import FsspecSource
+from tightfit.checkpoint.remote_source import FsspecSource
 from tightfit.errors import CheckpointError
 
 pytest.importorskip("aiohttp")

@@ -16,7 +16,7 @@ from support.hub_server import HubServer
 from support.random_llama import make_random_llama
 from tightfit.checkpoint import store
 from tightfit.checkpoint.checkpoint import open_checkpoint
-from tightfit.checkpoint.source import FsspecSource
+from tightfit.checkpoint.remote_source import FsspecSource
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, VerificationError
 from tightfit.model.stored import stored_layout

@@ -13,7 +13,7 @@ from typing import Any
 
 from tightfit.checkpoint.files import CONFIG, INDEX, Weights, find_weights, read_config
 from tightfit.checkpoint.header import TensorInfo, read_header
-from tightfit.checkpoint.source import FsspecSource, LocalSource, Source
+from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, ConfigError, UsageError
 
 # One request of this many bytes fetches most headers whole: huggingface_hub found that 97% of them
@@ -175,6 +175,8 @@ def _open_url(url: str) -> Checkpoint:
     url = url.removesuffix("/" + CONFIG).rstrip("/")
     if url.startswith(("file://", "local://")):
         return _open_directory(Path(url.split("://", 1)[1]))
+    from tightfit.checkpoint.remote_source import FsspecSource
+
     source = FsspecSource(url)
     return _build(url, source, read_config(source), find_weights(source))
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.checkpoint.files import find_weights
-from tightfit.checkpoint.source import LocalSource, by_ranges, safe_name
+from tightfit.checkpoint.remote_source import by_ranges
+from tightfit.checkpoint.source import LocalSource, safe_name
 from tightfit.errors import CheckpointError, ConfigError, TightfitError
 
 _TIMEOUT_SECONDS = 15.0

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from tightfit.checkpoint.source import FsspecSource, safe_name
+from tightfit.checkpoint.remote_source import FsspecSource
+from tightfit.checkpoint.source import safe_name
 from tightfit.errors import OutputError, TightfitError
 
 BLOCK_BYTES = 5 * 2**20
