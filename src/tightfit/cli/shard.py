@@ -105,8 +105,6 @@ def shard(
     )
     for text in job.notes:
         warn(text)
-    for text in job.notes:
-        warn(text)
     missing: tuple[int, ...] = ()
     if not dry_run:
         with (
