@@ -97,12 +97,14 @@ def test_a_node_is_lost(
     model, out = tiny_model("llama"), tmp_path / "out"
     raylet = second.all_processes["raylet"][0].process.pid
     workers: list[int] = []
+    stopped: list[int] = []
 
     def disturb() -> None:
         while not (writing := [pid for pid in children(raylet) if is_writing(pid)]):
             time.sleep(0.001)
         workers.extend(writing)
-        for pid in children(raylet):
+        stopped.extend(children(raylet))
+        for pid in stopped:
             os.kill(pid, signal.SIGKILL if end == "killed" else signal.SIGSTOP)
         os.kill(raylet, signal.SIGKILL)
 
@@ -128,6 +130,9 @@ def test_a_node_is_lost(
                     os.kill(pid, signal.SIGCONT)
             time.sleep(1)
             assert digests(out) == digests(tmp_path / "whole")
+            for pid in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def start(model: Path, out: Path, cluster: Any, how: str) -> "subprocess.Popen[str]":
