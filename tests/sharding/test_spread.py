@@ -128,7 +128,8 @@ def test_attempts_that_were_cut_off(tiny_model: TinyModel, tmp_path: Path) -> No
     spread_out(model, out, Disturbed(cut_off))
     assert digests(out) == digests(tmp_path / "whole")
     job = make_job(model, seconds=0)
-    shared = spread.Shared(source=job.checkpoint.source, sources={"model.safetensors": None}, left="")
+    source = job.checkpoint.source
+    shared = spread.Shared(source=source, sources={"model.safetensors": None}, left="")
     for descriptor, task in zip(held, late, strict=True):
         os.pwrite(descriptor, b"nonsense", 0)
         os.close(descriptor)
