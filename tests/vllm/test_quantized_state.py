@@ -96,8 +96,10 @@ def tokens(directory: Path) -> dict[tuple[str, str], Answer]:
     jobs = {}
     for scheme in RUNNING:
         path = str(directory / _name(scheme, "dense"))
-        jobs[scheme, "unsharded"] = {"directory": path, "load_format": "auto", "tp": 1}
         for size in (1, 2):
+            # Each rank scales its share of the activations by itself: sizes differ even unsharded.
+            job = {"directory": path, "load_format": "auto", "tp": size}
+            jobs[scheme, f"unsharded{size}"] = job
             job = {"directory": f"{path}-tp{size}", "load_format": "sharded_state", "tp": size}
             jobs[scheme, f"tp{size}"] = job
     return dict(zip(jobs, ask("vllm_jobs.py", list(jobs.values()), directory), strict=True))
@@ -106,7 +108,7 @@ def tokens(directory: Path) -> dict[tuple[str, str], Answer]:
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("scheme", RUNNING)
 def test_same_tokens(tokens: dict[tuple[str, str], Answer], scheme: str, size: int) -> None:
-    reference, sharded = tokens[scheme, "unsharded"], tokens[scheme, f"tp{size}"]
+    reference, sharded = tokens[scheme, f"unsharded{size}"], tokens[scheme, f"tp{size}"]
     assert "error" not in reference, reference["error"]
     assert "error" not in sharded, sharded["error"]
     assert sharded["tokens"] == reference["tokens"]
