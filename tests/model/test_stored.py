@@ -128,4 +128,5 @@ def test_unknown_layout() -> None:
     with pytest.raises(UsageError) as e:
         stored_layout("vllm-9")
     assert e.value.message == "unknown layout 'vllm-9'"
-    assert e.value.hint == "layouts: " + ", ".join(LAYOUTS)
+    assert e.value.hint is not None
+    assert e.value.hint.startswith("layouts: " + ", ".join(LAYOUTS))
