@@ -11,8 +11,8 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.model.stored import LAYOUTS, stored_layout
+from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.rank_files import open_rank_files
-from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
 SCALES = ("_k_scale", "_q_scale", "_v_scale", "_prob_scale")

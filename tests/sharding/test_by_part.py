@@ -12,11 +12,11 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.cli.output import NoProgress
 from tightfit.model.stored import stored_layout
-from tightfit.sharding import by_part, windows
-from tightfit.sharding.by_part import plan_parts, write_part, write_parts
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.shard import ShardJob, prepare, shard
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream import by_part, windows
+from tightfit.sharding.stream.by_part import plan_parts, write_part, write_parts
+from tightfit.sharding.stream.source_files import SourceFiles
 
 TinyModel = Callable[[str], Path]
 

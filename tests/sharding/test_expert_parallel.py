@@ -19,8 +19,8 @@ from tightfit.cli.output import NoProgress
 from tightfit.cli.shards import require_runnable
 from tightfit.errors import LayoutError, UnsupportedModelError, UsageError
 from tightfit.sharding.manifest import read_manifest
+from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.rank_files import open_rank_files
-from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "granitemoe", "qwen2_moe")

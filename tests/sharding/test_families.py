@@ -22,8 +22,8 @@ from tightfit.errors import UnsupportedModelError
 from tightfit.model.layout import Piece
 from tightfit.sharding.copies import copies
 from tightfit.sharding.decay import decay_rates
+from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.shard import prepare
-from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
 
@@ -270,9 +270,9 @@ def written(
 ) -> bool:
     """Whether the copies of a piece give `expected`; the files begin with a few other bytes."""
     from tightfit.checkpoint.source import LocalSource
-    from tightfit.sharding.carry import Carrier
     from tightfit.sharding.copies import Copy, TensorCopies, Turn
-    from tightfit.sharding.stream import SourceFiles
+    from tightfit.sharding.stream.carry import Carrier
+    from tightfit.sharding.stream.source_files import SourceFiles
 
     directory.mkdir()
     data = source.contiguous().view(torch.uint8).numpy().tobytes()

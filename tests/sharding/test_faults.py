@@ -18,10 +18,10 @@ from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import TightfitError, VerificationError
-from tightfit.sharding.headers import require_headers
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.merge import prepare_merge
-from tightfit.sharding.verify import verify
+from tightfit.sharding.proof.headers import require_headers
+from tightfit.sharding.proof.verify import verify
 
 TinyModel = Callable[[str], Path]
 Tensors = dict[str, torch.Tensor]

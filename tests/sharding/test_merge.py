@@ -21,9 +21,9 @@ from tightfit.errors import (
     TightfitError,
     VerificationError,
 )
-from tightfit.sharding import carry, stream
 from tightfit.sharding.manifest import ORIGINALS
-from tightfit.sharding.verify import verify
+from tightfit.sharding.proof.verify import verify
+from tightfit.sharding.stream import carry, source_files
 
 TinyModel = Callable[[str], Path]
 LAYOUTS = {"vllm-0.32": (1, 2, 4), "builtin": (3,)}
@@ -86,7 +86,7 @@ def test_small_buffers(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(tiny_model("mixtral"), tmp_path / "out", 4)
-    monkeypatch.setattr(stream, "_MOST_BUFFERS", 3)
+    monkeypatch.setattr(source_files, "_MOST_BUFFERS", 3)
     for nbytes in (1000, 100, 10):
         monkeypatch.setattr(carry, "BUFFER_BYTES", nbytes)
         back = tmp_path / f"back-{nbytes}"

@@ -20,12 +20,12 @@ from tightfit.checkpoint.header import encode_header
 from tightfit.model.families import model_spec
 from tightfit.model.sources import source_shapes
 from tightfit.model.stored import stored_layout
-from tightfit.sharding import carry, turns, written
-from tightfit.sharding.crew import Crew
-from tightfit.sharding.pending import Pending
 from tightfit.sharding.shard import prepare
-from tightfit.sharding.stream import Batch, SourceFiles
-from tightfit.sharding.written import Stopped, Target, Writer
+from tightfit.sharding.stream import carry, turns, written
+from tightfit.sharding.stream.crew import Crew
+from tightfit.sharding.stream.pending import Pending
+from tightfit.sharding.stream.source_files import Batch, SourceFiles
+from tightfit.sharding.stream.written import Stopped, Target, Writer
 
 
 @pytest.fixture(scope="module")

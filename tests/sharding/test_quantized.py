@@ -24,7 +24,7 @@ from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.stored.loadable import loading_notes
 from tightfit.sharding.merge import merge, prepare_merge
-from tightfit.sharding.verify import verify
+from tightfit.sharding.proof.verify import verify
 
 CASES = [
     *((s, m) for s in SECTIONS if s != "mxfp4" for m in ("dense", "experts")),

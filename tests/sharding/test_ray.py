@@ -19,7 +19,7 @@ from support.interrupted import digests, write
 from support.spreading import Number, make_job, spread, work
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, TaskLostError
-from tightfit.sharding.executors import open_executor
+from tightfit.executors import open_executor
 from tightfit.sharding.shard import shard
 
 pytest.importorskip("ray")

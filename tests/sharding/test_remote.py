@@ -12,12 +12,13 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import OutputError
 from tightfit.model.stored import stored_layout
-from tightfit.sharding import by_part, remote
 from tightfit.sharding.manifest import Manifest
 from tightfit.sharding.merge import merge, prepare_merge
-from tightfit.sharding.remote import shard_to
-from tightfit.sharding.remote_merge import merge_to
+from tightfit.sharding.remote import upload
+from tightfit.sharding.remote.merge import merge_to
+from tightfit.sharding.remote.upload import shard_to
 from tightfit.sharding.shard import ShardJob, prepare, shard
+from tightfit.sharding.stream import by_part
 
 TinyModel = Callable[[str], Path]
 Digests = dict[str, str]
@@ -114,7 +115,7 @@ def test_interrupted(
     source, url = tiny_model("llama"), f"s3://{bucket}/out"
     said: list[str] = []
     monkeypatch.setattr(by_part, "WINDOW_BYTES", 2**14)
-    monkeypatch.setattr(remote, "PARTS_AT_A_TIME", 4)
+    monkeypatch.setattr(upload, "PARTS_AT_A_TIME", 4)
     job = job_of(source, 4)
     bars = Stop(0.8)
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +153,7 @@ def test_an_interrupted_merge(
     s3: S3, bucket: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(by_part, "WINDOW_BYTES", 2**14)
-    monkeypatch.setattr(remote, "PARTS_AT_A_TIME", 2)
+    monkeypatch.setattr(upload, "PARTS_AT_A_TIME", 2)
     shard(job_of(tiny_model("llama"), 4), tmp_path / "four", NoProgress())
     job = prepare_merge(open_checkpoint(str(tmp_path / "four")), max_shard_bytes=10**5)
     url = f"s3://{bucket}/out"
@@ -177,7 +178,7 @@ def test_what_somebody_replaced_is_sent_again(
 ) -> None:
     source, url = tiny_model("llama"), f"s3://{bucket}/out"
     monkeypatch.setattr(by_part, "WINDOW_BYTES", 2**14)
-    monkeypatch.setattr(remote, "PARTS_AT_A_TIME", 4)
+    monkeypatch.setattr(upload, "PARTS_AT_A_TIME", 4)
     with pytest.raises(KeyboardInterrupt):
         write(source, url, 4, bars=Stop(0.8))
     name = next(key for key in s3.keys(bucket, "out/") if key.endswith(".safetensors"))

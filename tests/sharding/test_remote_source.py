@@ -21,10 +21,10 @@ from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, VerificationError
 from tightfit.model.stored import stored_layout
 from tightfit.sharding.merge import merge, prepare_merge
-from tightfit.sharding.remote import shard_to
+from tightfit.sharding.proof.verify import verify
+from tightfit.sharding.remote.upload import shard_to
 from tightfit.sharding.shard import ShardJob, prepare, shard
-from tightfit.sharding.verify import verify
-from tightfit.sharding.windows import NEAR_BYTES
+from tightfit.sharding.stream.windows import NEAR_BYTES
 
 TinyModel = Callable[[str], Path]
 pytest.importorskip("aiohttp")

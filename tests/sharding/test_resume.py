@@ -14,8 +14,8 @@ from tightfit.cli.output import NoProgress
 from tightfit.errors import OutputError, UsageError, VerificationError
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.merge import prepare_merge
+from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.ranks import parse_ranks, show_ranks
-from tightfit.sharding.verify import verify
 
 TinyModel = Callable[[str], Path]
 

@@ -18,9 +18,9 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, LayoutError
 from tightfit.model.stored import stored_layout
-from tightfit.sharding import carry, stream
+from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.shard import prepare, shard
-from tightfit.sharding.verify import verify
+from tightfit.sharding.stream import carry, source_files
 
 TinyModel = Callable[[str], Path]
 
@@ -151,7 +151,7 @@ def test_small_buffers_give_the_same_bytes(
 ) -> None:
     write_shards(tiny_model("qwen3_moe"), tmp_path / "one", 4)
     monkeypatch.setattr(carry, "BUFFER_BYTES", 1000)
-    monkeypatch.setattr(stream, "_MOST_BUFFERS", 3)
+    monkeypatch.setattr(source_files, "_MOST_BUFFERS", 3)
     write_shards(tiny_model("qwen3_moe"), tmp_path / "other", 4)
     assert_same_files(tmp_path / "one", tmp_path / "other")
 

@@ -13,8 +13,8 @@ from support.interrupted import Copied, begin, digests, write
 from support.spreading import make_job
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, OutputError, TaskLostError
+from tightfit.executors import Advance, InProcess
 from tightfit.sharding import spread
-from tightfit.sharding.executors import Advance, InProcess
 from tightfit.sharding.shard import shard
 
 TinyModel = Callable[[str], Path]

@@ -14,7 +14,7 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import VerificationError
 from tightfit.sharding.manifest import read_manifest
-from tightfit.sharding.verify import check_tensor_parallel_size, verify
+from tightfit.sharding.proof.verify import check_tensor_parallel_size, verify
 
 TinyModel = Callable[[str], Path]
 FIRST, SECOND = "model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"

@@ -16,7 +16,7 @@ from support.cli import assert_error, tightfit
 from support.work import write_shards
 from tightfit.errors import UsageError, VerificationError
 from tightfit.sharding.manifest import read_manifest
-from tightfit.sharding.vllm_load import Loaded, load_in_vllm
+from tightfit.sharding.proof.vllm_load import Loaded, load_in_vllm
 
 TinyModel = Callable[[str], Path]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import LocalSource
 from tightfit.cli.output import NoProgress
+from tightfit.executors import Advance, Executor, open_executor
 from tightfit.model.stored import stored_layout
-from tightfit.sharding.executors import Advance, Executor, open_executor
 from tightfit.sharding.manifest import Manifest
 from tightfit.sharding.shard import ShardJob, prepare, shard
 

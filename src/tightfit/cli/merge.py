@@ -53,7 +53,7 @@ def merge(
     if not dry_run:
         with progress(quiet=quiet) as bars:
             if is_remote(out):
-                from tightfit.sharding.remote_merge import merge_to
+                from tightfit.sharding.remote.merge import merge_to
 
                 merge_to(job, out, bars, resume=resume, notice=note)
             else:

@@ -105,7 +105,7 @@ def run(
     shards = read_shards(model)
     if shards is not None:
         require_runnable(shards, model)
-        from tightfit.sharding.headers import require_headers
+        from tightfit.sharding.proof.headers import require_headers
 
         require_headers(Path(model), shards)
     size = _world_size(tensor_parallel_size, shards, model)

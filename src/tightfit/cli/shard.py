@@ -10,12 +10,12 @@ from tightfit.cli import options as o
 from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, note, print_json, progress, warn
 from tightfit.errors import UsageError
+from tightfit.executors import EXECUTORS, open_executor
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
-from tightfit.sharding.executors import EXECUTORS, open_executor
+from tightfit.sharding.proof.vllm_load import show_versions
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
-from tightfit.sharding.vllm_load import show_versions
 from tightfit.units import MiB, format_bytes, parse_bytes
 
 
@@ -112,7 +112,7 @@ def shard(
             progress(quiet=quiet) as bars,
         ):
             if is_remote(out):
-                from tightfit.sharding.remote import shard_to
+                from tightfit.sharding.remote.upload import shard_to
 
                 if spread is not None:
                     raise UsageError(

@@ -32,7 +32,7 @@ def tensor_parallel_size(asked: int | None, shards: "Manifest | None", model: st
     """
     if shards is None:
         return 1 if asked is None else asked
-    from tightfit.sharding.verify import check_tensor_parallel_size
+    from tightfit.sharding.proof.verify import check_tensor_parallel_size
 
     return check_tensor_parallel_size(shards, asked, model)
 

@@ -10,9 +10,9 @@ from tightfit.cli import options as o
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
 from tightfit.errors import CheckpointError, ExitCode, UsageError, VerificationError
 from tightfit.sharding.manifest import read_manifest
-from tightfit.sharding.verify import Report, check_tensor_parallel_size, require_manifest
-from tightfit.sharding.verify import verify as check
-from tightfit.sharding.vllm_load import PYTHON_VARIABLE, Loaded, load_in_vllm
+from tightfit.sharding.proof.verify import Report, check_tensor_parallel_size, require_manifest
+from tightfit.sharding.proof.verify import verify as check
+from tightfit.sharding.proof.vllm_load import PYTHON_VARIABLE, Loaded, load_in_vllm
 from tightfit.units import format_bytes
 
 _LOADING = "Loading"

@@ -14,18 +14,18 @@ from tightfit.checkpoint.source import LocalSource
 from tightfit.errors import CheckpointError, OutputError
 from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.sharding.boxes import key, whole
-from tightfit.sharding.compare import same_bytes
-from tightfit.sharding.content import differences
 from tightfit.sharding.gather import plan
 from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import source_fingerprint
 from tightfit.sharding.merge_output import MergeOutput
 from tightfit.sharding.parts import Part, fill, make_part, natural
 from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.compare import same_bytes
+from tightfit.sharding.proof.content import differences
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
 from tightfit.sharding.shard import write_parts
 from tightfit.sharding.side_files import config_text, side_files
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream.source_files import SourceFiles
 
 # transformers refuses files that do not say so.
 _METADATA = {"format": "pt"}

@@ -28,8 +28,8 @@ from tightfit.errors import (
 from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.model.stored import LAYOUTS, rank_tensors
 from tightfit.sharding.boxes import Held, Owned, Replica, compose, key, own
-from tightfit.sharding.headers import disagreements
 from tightfit.sharding.manifest import ORIGINALS, Manifest, StoredFile, read_manifest
+from tightfit.sharding.proof.headers import disagreements
 from tightfit.sharding.ranks import not_whole
 from tightfit.units import dtype_bytes
 

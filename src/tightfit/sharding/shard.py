@@ -10,23 +10,23 @@ from pathlib import Path
 
 from tightfit.checkpoint.files import CONFIG
 from tightfit.checkpoint.writer import check_free_space
+from tightfit.executors import Executor
 from tightfit.model.pieces import element
-from tightfit.sharding.agreement import check_rank_files
-from tightfit.sharding.executors import Executor
 from tightfit.sharding.job import Job
 from tightfit.sharding.job import ShardJob as ShardJob
 from tightfit.sharding.job import prepare as prepare
 from tightfit.sharding.journal import States
 from tightfit.sharding.manifest import Manifest, make_manifest
-from tightfit.sharding.one_pass import one_pass
 from tightfit.sharding.output import ShardOutput
 from tightfit.sharding.parts import Part, Placed
-from tightfit.sharding.pending import Pending
 from tightfit.sharding.progress import Progress as Progress
 from tightfit.sharding.progress import checksum as checksum
+from tightfit.sharding.proof.agreement import check_rank_files
 from tightfit.sharding.side_files import config_text, side_files
 from tightfit.sharding.spread import spread
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, write_all
+from tightfit.sharding.stream.one_pass import one_pass
+from tightfit.sharding.stream.pending import Pending
+from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles, write_all
 from tightfit.units import dtype_bytes
 
 Checksums = dict[tuple[str, str], str]

@@ -16,14 +16,14 @@ from uuid import uuid4
 from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.checkpoint.writer import is_about, output_error, reserve
 from tightfit.errors import CheckpointError, OutputError
-from tightfit.sharding.by_part import PartWork, plan_parts, write_part
-from tightfit.sharding.executors import Advance, Executor
+from tightfit.executors import Advance, Executor
 from tightfit.sharding.job import Job
 from tightfit.sharding.journal import States
 from tightfit.sharding.output import ShardOutput
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress, checksum
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream.by_part import PartWork, plan_parts, write_part
+from tightfit.sharding.stream.source_files import SourceFiles
 
 Checksums = dict[tuple[str, str], str]
 

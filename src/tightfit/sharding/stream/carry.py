@@ -17,8 +17,8 @@ from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.gather import Gather, Slices
 from tightfit.sharding.parts import PAGE_BYTES
-from tightfit.sharding.stream import BUFFER_BYTES, Batch, SourceFiles, batches
-from tightfit.sharding.turns import GAP_BYTES, Rows, block_of_rows, turned
+from tightfit.sharding.stream.source_files import BUFFER_BYTES, Batch, SourceFiles, batches
+from tightfit.sharding.stream.turns import GAP_BYTES, Rows, block_of_rows, turned
 from tightfit.units import dtype_bytes
 
 _MOST_SLICES = 8192

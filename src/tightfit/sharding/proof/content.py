@@ -16,10 +16,10 @@ import xxhash
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import Source
-from tightfit.sharding.compare import equal
 from tightfit.sharding.manifest import StoredFile, StoredTensor
 from tightfit.sharding.progress import Progress, checksum
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles
+from tightfit.sharding.proof.compare import equal
+from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -12,7 +12,7 @@ from tightfit.errors import OutputError
 from tightfit.sharding.merge import MergeJob
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.ranks import job_of, part_note
-from tightfit.sharding.remote import Upload, copy_side_files
+from tightfit.sharding.remote.upload import Upload, copy_side_files
 from tightfit.sharding.side_files import config_text, side_files
 
 

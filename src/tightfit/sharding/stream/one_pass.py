@@ -3,12 +3,12 @@
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 
-from tightfit.sharding.carry import Carrier
-from tightfit.sharding.crew import Crew
-from tightfit.sharding.pending import Key, Pending, Task
 from tightfit.sharding.progress import Progress
-from tightfit.sharding.stream import SourceFiles
-from tightfit.sharding.written import Target, Writer
+from tightfit.sharding.stream.carry import Carrier
+from tightfit.sharding.stream.crew import Crew
+from tightfit.sharding.stream.pending import Key, Pending, Task
+from tightfit.sharding.stream.source_files import SourceFiles
+from tightfit.sharding.stream.written import Target, Writer
 
 Complete = list[tuple[Key, str]]
 """Tensors with their checksums."""

@@ -12,7 +12,7 @@ from tightfit.model.pieces import element
 from tightfit.sharding.copies import Copy, Decay, Turn, copies
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.manifest import StoredTensor
-from tightfit.sharding.stream import BUFFER_BYTES, SourceFiles, turned
+from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles, turned
 from tightfit.units import dtype_bytes
 
 Read = Callable[[int, int], bytes]

@@ -11,10 +11,10 @@ from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.sharding.content import damages, differences
-from tightfit.sharding.headers import file_problems, stray_files
 from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
 from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.content import damages, differences
+from tightfit.sharding.proof.headers import file_problems, stray_files
 from tightfit.sharding.rank_files import sizes_by_names
 from tightfit.sharding.ranks import not_whole
 

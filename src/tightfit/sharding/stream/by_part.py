@@ -18,8 +18,8 @@ from tightfit.sharding.copies import TensorCopies
 from tightfit.sharding.gather import Gather
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress
-from tightfit.sharding.stream import SourceFiles
-from tightfit.sharding.windows import (
+from tightfit.sharding.stream.source_files import SourceFiles
+from tightfit.sharding.stream.windows import (
     Constant,
     Operation,
     Read,

@@ -23,16 +23,16 @@ from tightfit.checkpoint.source import Source
 from tightfit.checkpoint.store import FIRST_WAIT_SECONDS, diagnose
 from tightfit.errors import CheckpointError, OutputError, TightfitError, VerificationError
 from tightfit.sharding.admission import check_same, check_there
-from tightfit.sharding.agreement import check_rank_files
-from tightfit.sharding.by_part import PartWork, plan_parts, write_parts
 from tightfit.sharding.job import Job, ShardJob
 from tightfit.sharding.manifest import Manifest, manifest_of
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.agreement import check_rank_files
 from tightfit.sharding.ranks import part_note, rank_manifest
 from tightfit.sharding.shard import Checksums, config_to_write, manifest_for
 from tightfit.sharding.side_files import side_files
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream.by_part import PartWork, plan_parts, write_parts
+from tightfit.sharding.stream.source_files import SourceFiles
 
 PARTS_AT_A_TIME = 8
 _ATTEMPTS = 3

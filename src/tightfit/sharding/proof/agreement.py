@@ -10,14 +10,14 @@ from functools import partial
 from tightfit.errors import VerificationError
 from tightfit.model.layout import Piece
 from tightfit.sharding.boxes import Replica, key, place
-from tightfit.sharding.compare import same
-from tightfit.sharding.content import checksum_in, in_threads, in_turn
 from tightfit.sharding.copies import copies
 from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.compare import same
+from tightfit.sharding.proof.content import checksum_in, in_threads, in_turn
 from tightfit.sharding.rank_files import RankFiles
-from tightfit.sharding.stream import SourceFiles
+from tightfit.sharding.stream.source_files import SourceFiles
 
 
 def check_rank_files(job: Job, files: SourceFiles, progress: Progress) -> None:

@@ -76,7 +76,7 @@ def open_executor(
         import ray  # noqa: F401
     except ImportError:
         raise MissingExtraError(f"{command} --executor ray", "ray", "ray") from None
-    from tightfit.sharding.executors.cluster import RayExecutor
+    from tightfit.executors.cluster import RayExecutor
 
     with RayExecutor(ray_address, notice) as executor:
         yield executor

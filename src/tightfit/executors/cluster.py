@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tightfit import __version__, errors
 from tightfit.errors import TaskLostError, TightfitError, UsageError
-from tightfit.sharding.executors import Advance
+from tightfit.executors import Advance
 
 MOST_ATTEMPTS = 4
 _POLL_SECONDS = 0.2

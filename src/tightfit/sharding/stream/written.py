@@ -13,9 +13,9 @@ from threading import Lock
 import xxhash
 
 from tightfit.sharding.parts import PAGE_BYTES
-from tightfit.sharding.pending import Key, Pending
 from tightfit.sharding.progress import hash_range
-from tightfit.sharding.stream import write_all
+from tightfit.sharding.stream.pending import Key, Pending
+from tightfit.sharding.stream.source_files import write_all
 
 _WORTH_DIRECT = 2**16
 """Bytes; each direct write waits for the disk."""

@@ -1,0 +1,1 @@
+"""Whether rank files are what they should be: headers, checksums, the source, a real vLLM."""
