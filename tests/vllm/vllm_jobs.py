@@ -35,6 +35,14 @@ NEW_TOKENS = 12
 TIMEOUT_SECONDS = 300
 
 
+def keep_weights():
+    """As on GPUs: vLLM repacks weights for some CPUs, and empties the parameters then."""
+    import vllm.model_executor.layers.utils as layers
+
+    dispatch = layers.dispatch_cpu_unquantized_gemm
+    layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, False)
+
+
 def run_rank(job, rank, port, results):
     answer = {"rank": rank}
     try:
@@ -48,6 +56,8 @@ def run_rank(job, rank, port, results):
         }
         from vllm import LLM, SamplingParams
 
+        if "save" in job:
+            keep_weights()
         several = {"distributed_executor_backend": "external_launcher"} if job["tp"] > 1 else {}
         llm = LLM(
             model=job["directory"],
