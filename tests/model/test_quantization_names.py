@@ -1,7 +1,7 @@
 """Which modules the lists of a quantization_config mean."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,16 @@ from tightfit.model.quantization.matching import Names, compressed_tensors, modu
 from tightfit.model.quantization.read import read_quantization
 from tightfit.model.sources import source_shapes
 from tightfit.model.spec import Names as Surroundings
-from tightfit.model.towers.base import Item, Media, Tower
+from tightfit.model.towers.base import Item, Media, Sizes, Tower
 
 
 def test_lists_of_modules() -> None:
     both = compressed_tensors(["lm_head", r"re:.*self_attn\.(q|k)_proj$"])
     assert "lm_head" in both
     assert "model.lm_head" not in both
+    tower = compressed_tensors(["model.visual.merger.mlp.0", "vision_tower.ln_pre"])
+    assert "visual.merger.mlp.0" in tower
+    assert "model.vision_tower.ln_pre" in tower
     assert "language_model.lm_head" in both
     assert "model.layers.3.self_attn.k_proj" in both
     assert "model.layers.3.self_attn.o_proj" not in both
@@ -126,7 +129,13 @@ def test_the_section_of_a_text_model_leaves_its_towers_alone() -> None:
 
 def tower() -> Tower:
     class Nothing(Media):
-        def largest(self, processor: Mapping[str, Any], max_tokens: int) -> tuple[Item, ...]:
+        def items(
+            self,
+            processor: Mapping[str, Any],
+            max_tokens: int,
+            sizes: Sizes,
+            active: Collection[str],
+        ) -> tuple[Item, ...]:
             return ()
 
     weights = replicated("vision.fc", rows=64, columns=128, where=Stage.FIRST)

@@ -59,6 +59,7 @@ GPT_OSS: dict[str, Any] = {
 MODELS: Mapping[str, dict[str, Any]] = {
     "dense": LLAMA,
     "experts": EXPERTS,
+    "five_experts": {**EXPERTS, "num_experts": 5},
     "latent": LATENT,
     "gpt_oss": GPT_OSS,
     "odd_gpt_oss": {**GPT_OSS, "intermediate_size": 352, "hidden_size": 288},
@@ -84,14 +85,18 @@ def quantized_config(scheme: str, model: str) -> dict[str, Any]:
     if "config_groups" in section:
         section["ignore"] += [f"model.layers.{i}.mlp.gate" for i in range(2)]
     if scheme == "awq" and model != "dense":
-        router = "mlp.gate" if model == "experts" else "1.mlp.gate"
+        router = "mlp.gate" if model.endswith("experts") else "1.mlp.gate"
         section["modules_to_not_convert"] = ["lm_head", router]
     return {**MODELS[model], "quantization_config": section}
 
 
 def make_quantized_model(scheme: str, model: str, directory: Path, **changes: Any) -> Path:
     """Write a model in a scheme; the same arguments give the same bytes."""
-    config = quantized_config(scheme, model) | changes
+    return write_quantized(quantized_config(scheme, model) | changes, directory)
+
+
+def write_quantized(config: dict[str, Any], directory: Path) -> Path:
+    """Write a random model of a quantized config; the same config gives the same bytes."""
     generator = torch.Generator().manual_seed(11)
     expected = expected_sources(model_spec(config))
     tensors = {

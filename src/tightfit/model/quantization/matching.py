@@ -78,16 +78,25 @@ def modules(entries: Iterable[str]) -> Names:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """Text models inside others are called in several ways (vLLM's `modelopt.py` tries them too).
+    """Models inside others are called in several ways (vLLM's `modelopt.py` tries them too).
 
-    A section that the text model brought with it has names without what is around it.
+    A section that the text model brought with it has names without what is around it. Towers are
+    in `model` since transformers 4.52, in lists more often than in files.
     """
     one, other, alone = "language_model.model.", "model.language_model.", "language_model."
     if name.startswith(one):
         return name, other + name.removeprefix(one), name.removeprefix(alone)
     if name.startswith(other):
         return name, one + name.removeprefix(other)
+    if name.startswith(_TOWERS):
+        return name, f"model.{name}"
+    short = name.removeprefix("model.")
+    if short.startswith(_TOWERS):
+        return name, short
     return (name, name.removeprefix(alone)) if name.startswith(alone) else (name,)
+
+
+_TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision.")
 
 
 def _dotted_runs(name: str, longest: int) -> Iterable[str]:

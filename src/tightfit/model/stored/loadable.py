@@ -9,6 +9,7 @@ from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored.layouts import StoredLayout
+from tightfit.model.stored.media import QUANTIZED
 from tightfit.model.stored.quantized import MXFP4_BLOCK
 
 _VERSION = (0, 32)
@@ -32,12 +33,6 @@ def check_quantization(
     recipe = spec.quantization
     if recipe is None:
         return
-    if spec.towers:
-        raise UnsupportedModelError(
-            f"sharding quantized checkpoints of {spec.architecture} is not supported: what vLLM "
-            "quantizes of its towers has not been verified",
-            hint="shard the unquantized model, or a text model",
-        )
     if layout.uneven:
         raise UnsupportedModelError(
             f"the layout {layout.name} has no quantized layers",
@@ -59,6 +54,7 @@ def check_quantization(
             "whether a rank holds the input scales of all experts or of its own",
             hint="shard without --enable-expert-parallel",
         )
+    _check_towers(spec, recipe)
     for weight in plain_parameters(spec):
         _check_order(weight, recipe)
     _check_marlin(spec, recipe)
@@ -77,6 +73,35 @@ def _experts(spec: ModelSpec) -> Iterator[Weight]:
 def _scales_all_experts(weight: Weight, recipe: Recipe) -> bool:
     """Whether it is ModelOpt's NVFP4 (`modelopt.py: use_global_sf`)."""
     return any(form.kind == "weight_scale_2" for form in recipe.forms(weight) or ())
+
+
+def _check_towers(spec: ModelSpec, recipe: Recipe) -> None:
+    """Towers are left alone by name: vLLM applies the scheme to them as well.
+
+    For want of names it compares those of AWQ's and GPTQ's modules with the tensors of a directory
+    (`auto_awq.py: maybe_update_config`), which are fused in rank files.
+    """
+    if spec.towers and spec.architecture not in QUANTIZED:
+        raise UnsupportedModelError(
+            f"sharding quantized checkpoints of {spec.architecture} is not supported: what vLLM "
+            "quantizes of them has not been verified",
+            hint="shard the unquantized model, or a text model",
+        )
+    everywhere = replace(recipe, layers_only=False)
+    for weight in (weight for tower in spec.towers for weight in tower.weights):
+        source = weight.parts[0].source.removesuffix(".weight")
+        if recipe.forms(weight) is not None:
+            raise UnsupportedModelError(
+                f"sharding {spec.architecture} with {source!r} in {recipe.name} is not supported: "
+                "quantized towers have not been verified in vLLM",
+                hint="quantize the model again, and ignore its towers",
+            )
+        if everywhere.forms(weight) is not None:
+            raise UnsupportedModelError(
+                f"quantization_config ({recipe.name}) does not list {source!r} among the modules "
+                "that are not quantized, and vLLM would not find that out from rank files",
+                hint="add the towers to its modules_to_not_convert, or to what it ignores",
+            )
 
 
 def _check_order(weight: Weight, recipe: Recipe) -> None:

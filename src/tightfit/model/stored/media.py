@@ -64,3 +64,10 @@ MEDIA: Mapping[str, FamilyNames] = {
     "KimiK25ForConditionalGeneration": _media("DeepseekV3ForCausalLM", _MOONVIT),
     "WhisperForConditionalGeneration": _WHISPER,
 }
+
+QUANTIZED = frozenset(MEDIA) - {
+    "Glm4vMoeForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+}
+"""Those whose decoders vLLM has been seen to fill from quantized rank files."""
