@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.quantized_models import make_quantized_model
+from support.quantized_models import SECTIONS, make_quantized_model
 from support.slicing import read_rank
 from support.work import merge_shards, write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
@@ -23,6 +23,15 @@ from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.rank_files import open_rank_files
 
 TinyModel = Callable[[str], Path]
+SCALED = ("modelopt NVFP4", "modelopt W4A16_NVFP4")
+"""vLLM's kernels decide what a rank holds of their scales."""
+QUANTIZED = [
+    *((scheme, "experts") for scheme in SECTIONS if scheme not in (*SCALED, "mxfp4")),
+    *((scheme, "latent") for scheme in ("fp8 block", "INT8", "W4A16")),
+    ("fp8 block", "five_experts"),
+    ("mxfp4", "gpt_oss"),
+    ("mxfp4", "odd_gpt_oss"),
+]
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "granitemoe", "qwen2_moe")
 
 
@@ -54,6 +63,73 @@ def test_there_across_and_back(name: str, tiny_model: TinyModel, tmp_path: Path)
     write_shards(tmp_path / "tp2", tmp_path / "ep4-again", 4, expert_parallel=True)
     assert bytes_of(tmp_path / "tp2") == bytes_of(tmp_path / "tp2-again")
     assert bytes_of(tmp_path / "ep4") == bytes_of(tmp_path / "ep4-again")
+
+
+@pytest.mark.parametrize(("scheme", "model"), QUANTIZED)
+def test_quantized_there_across_and_back(scheme: str, model: str, tmp_path: Path) -> None:
+    source = make_quantized_model(scheme, model, tmp_path / "model")
+    by_width, dealt = tmp_path / "tp2", tmp_path / "ep2"
+    write_shards(source, by_width, 2)
+    assert write_shards(source, dealt, 2, expert_parallel=True).expert_parallel
+    checkpoint = open_checkpoint(str(dealt))
+    report = verify(dealt, checkpoint.config, NoProgress(), open_checkpoint(str(source)))
+    assert report.problems == ()
+    write_shards(by_width, tmp_path / "ep2-again", 2, expert_parallel=True)
+    write_shards(dealt, tmp_path / "tp2-again", 2)
+    assert bytes_of(dealt) == bytes_of(tmp_path / "ep2-again") != bytes_of(by_width)
+    assert bytes_of(by_width) == bytes_of(tmp_path / "tp2-again")
+    merge_shards(dealt, tmp_path / "back")
+    assert same_bits(tmp_path / "back/model.safetensors", source / "model.safetensors")
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    found, expected = load_file(one), load_file(other)
+    return found.keys() == expected.keys() and all(
+        (found[key].dtype, found[key].shape) == (tensor.dtype, tensor.shape)
+        and torch.equal(bits(found[key]), bits(tensor))
+        for key, tensor in expected.items()
+    )
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_blocks_that_narrow_shares_would_not_fill(tmp_path: Path) -> None:
+    """Experts of two blocks on four ranks: each has one of them, whole, with its scales."""
+    source = make_quantized_model("fp8 block", "experts", tmp_path / "model")
+    with pytest.raises(LayoutError, match="whole blocks of 128"):
+        write_shards(source, tmp_path / "tp4", 4)
+    write_shards(source, tmp_path / "ep4", 4, expert_parallel=True)
+    tensors = load_file(source / "model.safetensors")
+    for expert in range(4):
+        found = read_rank(tmp_path / "ep4", expert)
+        for kind in ("weight", "weight_scale_inv"):
+            at = f"model.layers.0.mlp.experts.{expert}."
+            gate, up, down = (tensors[f"{at}{x}_proj.{kind}"] for x in ("gate", "up", "down"))
+            new = "model.layers.0.mlp.experts.routed_experts."
+            assert torch.equal(bits(found[f"{new}w13_{kind}"]), bits(torch.cat([gate, up])))
+            assert torch.equal(bits(found[f"{new}w2_{kind}"]), bits(down))
+
+
+@pytest.mark.parametrize("model", ["gpt_oss", "odd_gpt_oss"])
+def test_whole_experts_of_gpt_oss(model: str, tmp_path: Path) -> None:
+    """Nothing is padded, and each rank has all of its own biases."""
+    source = make_quantized_model("mxfp4", model, tmp_path / "model")
+    write_shards(source, tmp_path / "out", 2, expert_parallel=True)
+    tensors = load_file(source / "model.safetensors")
+    at = "model.layers.0.mlp.experts."
+    names = {"w13": "gate_up_proj", "w2": "down_proj"}
+    kinds = {"weight": "_blocks", "weight_scale": "_scales", "bias": "_bias"}
+    for rank in range(2):
+        found, mine = read_rank(tmp_path / "out", rank), slice(2 * rank, 2 * rank + 2)
+        for name, old in names.items():
+            for kind, end in kinds.items():
+                expected = tensors[f"{at}{old}{end}"][mine]
+                expected = expected.flatten(2) if end == "_blocks" else expected
+                held = found[f"{at}routed_experts.{name}_{kind}"]
+                assert held.shape == expected.shape
+                assert torch.equal(bits(held), bits(expected))
 
 
 def test_whole_experts_in_order(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -104,9 +180,9 @@ def test_refusals(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     with pytest.raises(UsageError, match="the built-in runtime gives every rank a slice"):
         write_shards(model, tmp_path / "out", 2, expert_parallel=True, layout="builtin")
-    make_quantized_model("FP8_DYNAMIC", "experts", tmp_path / "fp8")
-    with pytest.raises(UnsupportedModelError, match="whole experts of quantized"):
-        write_shards(tmp_path / "fp8", tmp_path / "out", 2, expert_parallel=True)
+    make_quantized_model("modelopt NVFP4", "experts", tmp_path / "nvfp4")
+    with pytest.raises(LayoutError, match="depends on vLLM's kernel for modelopt"):
+        write_shards(tmp_path / "nvfp4", tmp_path / "out", 2, expert_parallel=True)
     assert not (tmp_path / "out").exists()
     one = write_shards(model, tmp_path / "one", 1, expert_parallel=True)
     assert not one.expert_parallel

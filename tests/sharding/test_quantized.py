@@ -294,15 +294,15 @@ def test_modelopt_beside_the_config(tmp_path: Path) -> None:
     verified(tmp_path / "out", model)
 
 
-def test_whole_experts(quantized_model: QuantizedModel, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="whole experts of quantized"):
-        write_shards(quantized_model("W4A16", "experts"), tmp_path, 2, expert_parallel=True)
-
-
-def test_whole_experts_of_modelopt(quantized_model: QuantizedModel, tmp_path: Path) -> None:
-    source = quantized_model("modelopt NVFP4", "experts")
+@pytest.mark.parametrize("scheme", ["modelopt NVFP4", "modelopt W4A16_NVFP4"])
+def test_whole_experts_of_modelopt(
+    scheme: str, quantized_model: QuantizedModel, tmp_path: Path
+) -> None:
+    source = quantized_model(scheme, "experts")
     with pytest.raises(LayoutError, match="depends on vLLM's kernel"):
         write_shards(source, tmp_path / "out", 2, expert_parallel=True)
+    # A rank that is alone has those of all experts in any case.
+    write_shards(source, tmp_path / "one", 1, expert_parallel=True)
 
 
 def test_no_quantized_layers_of_our_own(quantized_model: QuantizedModel, tmp_path: Path) -> None:

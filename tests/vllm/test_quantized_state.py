@@ -19,10 +19,20 @@ from tightfit.sharding.rank_files import open_rank_files
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PLAIN = [scheme for scheme in SECTIONS if scheme != "mxfp4"]
-CASES = [
-    *((scheme, "dense", size) for scheme in PLAIN for size in (1, 2)),
-    *((scheme, model, 2) for scheme in PLAIN for model in ("experts", "latent")),
-    *(("mxfp4", model, size) for model in ("gpt_oss", "odd_gpt_oss") for size in (1, 2)),
+GLOBAL = ("modelopt NVFP4", "modelopt W4A16_NVFP4")
+"""Whole experts are refused."""
+DEALT = [scheme for scheme in PLAIN if scheme not in GLOBAL]
+Case = tuple[str, str, int, bool]
+CASES: list[Case] = [
+    *((scheme, "dense", size, False) for scheme in PLAIN for size in (1, 2)),
+    *((scheme, model, 2, False) for scheme in PLAIN for model in ("experts", "latent")),
+    *(("mxfp4", model, size, False) for model in ("gpt_oss", "odd_gpt_oss") for size in (1, 2)),
+    *((scheme, "experts", 2, True) for scheme in DEALT),
+    *((scheme, "latent", 2, True) for scheme in ("fp8 block", "INT8", "W4A16")),
+    ("mxfp4", "gpt_oss", 2, True),
+    # By width, four ranks would not get whole blocks.
+    ("fp8 block", "experts", 4, True),
+    ("fp8 block", "five_experts", 2, True),
 ]
 RUNNING = ("INT8", "FP8_DYNAMIC")
 """The CPU build has kernels for these everywhere."""
@@ -34,12 +44,16 @@ Answer = dict[str, Any]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("quantized")
-    for scheme, model in {(scheme, model) for scheme, model, _ in CASES}:
+    for scheme, model in {(scheme, model) for scheme, model, *_ in CASES}:
         make_quantized_model(scheme, model, directory / _name(scheme, model))
-    for scheme, model, size in CASES:
-        name = _name(scheme, model)
-        write_shards(directory / name, directory / f"{name}-tp{size}", size)
+    for scheme, model, size, ep in CASES:
+        source = directory / _name(scheme, model)
+        write_shards(source, _sharded(source, size, ep), size, expert_parallel=ep)
     return directory
+
+
+def _sharded(source: Path, size: int, ep: bool) -> Path:
+    return source.with_name(f"{source.name}-{'ep' if ep else 'tp'}{size}")
 
 
 def _name(scheme: str, model: str) -> str:
@@ -47,28 +61,26 @@ def _name(scheme: str, model: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(directory: Path) -> dict[tuple[str, str, int], Answer]:
+def answers(directory: Path) -> dict[Case, Answer]:
     """One vLLM process builds all models."""
     jobs = []
-    for scheme, model, size in CASES:
+    for scheme, model, size, ep in CASES:
         path = directory / _name(scheme, model)
+        out = _sharded(path, size, ep)
         jobs.append(
-            {"directory": str(path), "tp": size, "kernels": False, "sharded": f"{path}-tp{size}"}
+            {"directory": str(path), "tp": size, "ep": ep, "kernels": False, "sharded": str(out)}
         )
     return dict(zip(CASES, ask("state_jobs.py", jobs, directory), strict=True))
 
 
-@pytest.mark.parametrize(("scheme", "model", "size"), CASES)
+@pytest.mark.parametrize(("scheme", "model", "size", "ep"), CASES)
 def test_names_and_shapes(
-    answers: dict[tuple[str, str, int], Answer],
-    directory: Path,
-    scheme: str,
-    model: str,
-    size: int,
+    answers: dict[Case, Answer], directory: Path, scheme: str, model: str, size: int, ep: bool
 ) -> None:
-    answer = answers[scheme, model, size]
+    answer = answers[scheme, model, size, ep]
     assert "error" not in answer, answer["error"]
-    ranks = open_rank_files(open_checkpoint(f"{directory / _name(scheme, model)}-tp{size}"))
+    out = _sharded(directory / _name(scheme, model), size, ep)
+    ranks = open_rank_files(open_checkpoint(str(out)))
     for rank, state in enumerate(answer["states"]):
         found: dict[str, TensorInfo] = {}
         for name, header in ranks.files.items():
@@ -79,11 +91,11 @@ def test_names_and_shapes(
         }
 
 
-@pytest.mark.parametrize(("scheme", "model", "size"), CASES)
+@pytest.mark.parametrize(("scheme", "model", "size", "ep"), CASES)
 def test_same_state_as_unsharded(
-    answers: dict[tuple[str, str, int], Answer], scheme: str, model: str, size: int
+    answers: dict[Case, Answer], scheme: str, model: str, size: int, ep: bool
 ) -> None:
-    answer = answers[scheme, model, size]
+    answer = answers[scheme, model, size, ep]
     assert "error" not in answer, answer["error"]
     weights_alone = scheme in ("modelopt W4A16_NVFP4", "NVFP4A16")
     for names in answer["different"]:

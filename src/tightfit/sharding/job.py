@@ -124,14 +124,14 @@ def prepare(
             "not been verified",
             hint="plan it with `tightfit plan`",
         )
-    if spec.quantization is not None:
-        check_quantization(spec, layout, expert_parallel=expert_parallel)
     parallel = Parallel(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         expert_parallel=expert_parallel and tensor_parallel_size > 1,
         uneven=layout.uneven,
     )
+    if spec.quantization is not None:
+        check_quantization(spec, layout, expert_parallel=parallel.expert_parallel)
     if expert_parallel:
         _check_experts(spec, layout)
     layout.check(spec, parallel)
@@ -201,12 +201,6 @@ def _check_experts(spec: ModelSpec, layout: StoredLayout) -> None:
         raise UsageError(
             f"{spec.architecture} has no experts to deal out",
             hint="leave out --enable-expert-parallel",
-        )
-    if spec.quantization is not None:
-        raise UnsupportedModelError(
-            f"sharding whole experts of quantized {spec.architecture} is not supported: what vLLM "
-            "wants of them has not been verified",
-            hint="leave out --enable-expert-parallel, or shard the unquantized model",
         )
     if layout.name == "builtin":
         raise UsageError(
