@@ -1,8 +1,5 @@
 """The rank files load in a real vLLM, and it says what it says with the unsharded model."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +8,10 @@ import pytest
 from support.smollm2 import smollm2_or_skip
 from support.tiny_families import SHARDED
 from support.tiny_models import NAMES, make_tiny_model
+from support.vllm_answers import ask
 from support.work import write_shards
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-PYTHON = os.environ.get("TIGHTFIT_VLLM_PYTHON")
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
 # Four ranks on a few cores are slow, so variants of one layout stay at two. OLMo 2 cannot have
@@ -34,24 +30,14 @@ _LINEAR = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 AT_EQUAL_SIZE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "kimi_k25", *_LINEAR)
 BFLOAT16 = _LINEAR
 CASES = [
-    *((name, size) for name in NAMES for size in (1, 2)),
+    ("llama", 1),
+    *((name, 2) for name in NAMES),
     *((name, 2) for name in SHARDED if name not in (*WITHOUT_KERNELS, *WITHOUT_TEXT)),
     *((name, 4) for name in FOUR_RANKS),
     *((SMOLLM2, size) for size in (1, 3)),
 ]
 
 Answer = dict[str, Any]
-
-
-def ask_vllm(jobs: list[dict[str, object]], directory: Path) -> list[Answer]:
-    assert PYTHON, "TIGHTFIT_VLLM_PYTHON names the interpreter of a vLLM CPU environment"
-    path = directory / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("vllm_jobs.py")
-    done = subprocess.run([PYTHON, str(script), str(path)], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert len(lines) == len(jobs), done.stdout[-2000:] + done.stderr[-4000:]
-    return [json.loads(line.removeprefix("ANSWER ")) for line in lines]
 
 
 def unsharded(name: str, size: int) -> int:
@@ -83,7 +69,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], A
             "tp": size,
             "dtype": dtype,
         }
-    return dict(zip(jobs, ask_vllm(list(jobs.values()), directory), strict=True))
+    return dict(zip(jobs, ask("vllm_jobs.py", list(jobs.values()), directory), strict=True))
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
