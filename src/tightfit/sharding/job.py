@@ -18,7 +18,7 @@ from tightfit.model.stored.loadable import check_quantization, loading_notes
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.gather import Gather, copied_bytes, plan
-from tightfit.sharding.manifest import ORIGINALS, source_fingerprint
+from tightfit.sharding.manifest import ORIGINALS, cut_fingerprint, source_fingerprint
 from tightfit.sharding.parts import Part, make_part, make_parts, natural
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
 from tightfit.units import MiB
@@ -33,7 +33,7 @@ class Job:
 
     `ranks` of `parallel` are those that are written. `cut_again` is the source where that is a
     sharded directory itself. `source_fingerprint` is of the
-    plain checkpoint.
+    plain checkpoint, and `cut_fingerprint` of all ranks, those that are not written included.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +45,7 @@ class Job:
     gathers: tuple[Gather, ...] = ()
     cut_again: RankFiles | None = None
     source_fingerprint: str
+    cut_fingerprint: str
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -53,6 +54,7 @@ class Job:
             "tightfit": __version__,
             "max_shard_bytes": self.max_shard_bytes,
             "source_fingerprint": self.source_fingerprint,
+            "cut_fingerprint": self.cut_fingerprint,
         }
 
     @property
@@ -192,6 +194,7 @@ def prepare(
         source_fingerprint=(
             source_fingerprint(sources) if manifest is None else manifest.source_fingerprint
         ),
+        cut_fingerprint=cut_fingerprint(one for some in tensors.values() for one in some),
         left_out=left_out,
     )
 

@@ -4,7 +4,8 @@ Engines ignore it. It is written last, so that a directory with a manifest is a 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, VerificationError
-from tightfit.model.layout import Parallel, Piece
+from tightfit.model.layout import Parallel, Piece, RankTensor
+from tightfit.model.pieces import element
+from tightfit.sharding.boxes import fits
 from tightfit.sharding.parts import Part
 from tightfit.sharding.ranks import not_whole
 
@@ -226,7 +229,7 @@ def manifest_of(document: Any, path: Path | str) -> Manifest:
         raise _not_ours(path, f"its format is not {FORMAT}")
     try:
         return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _not_ours(path, f"{type(error).__name__}: {error}") from None
 
 
@@ -237,6 +240,14 @@ def source_fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
         info = tensors[name]
         line = f"{name}\0{info.dtype}\0{info.shape}\0{info.file}\0{info.offset}\n"
         digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def cut_fingerprint(tensors: Iterable[RankTensor]) -> str:
+    """A hash of what all ranks hold: another config may cut the same source otherwise."""
+    digest = xxhash.xxh3_128()
+    for one in tensors:
+        digest.update(f"{one.name}\0{one.shape}\0{one.fill}\0{one.pieces}\n".encode())
     return digest.hexdigest()
 
 
@@ -268,7 +279,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         source_fingerprint=_text(document["source"]["fingerprint"]),
         files=files,
         left_out={
-            name: None if twin is None else _text(twin)
+            _text(name): None if twin is None else _text(twin)
             for name, twin in document["source"].get("left_out", {}).items()
         },
     )
@@ -276,14 +287,14 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
 
 def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]:
     for name, entry in entries.items():
-        yield StoredTensor(
-            name=name,
+        tensor = StoredTensor(
+            name=_text(name),
             dtype=_text(entry["dtype"]),
             shape=_sizes(entry["shape"]),
             offset=_size(entry["offset"]),
             nbytes=_size(entry["nbytes"]),
             xxh3=_text(entry["xxh3"]),
-            fill=float(entry["fill"]),
+            fill=_number(entry["fill"]),
             pieces=tuple(
                 Piece(
                     source=_text(source),
@@ -296,6 +307,19 @@ def _tensors(entries: Mapping[str, Mapping[str, Any]]) -> Iterator[StoredTensor]
                 for source, source_shape, start, shape, at, *change in entry["pieces"]
             ),
         )
+        _check_tensor(tensor)
+        yield tensor
+
+
+def _check_tensor(tensor: StoredTensor) -> None:
+    """Refuse what cannot be carried out: nothing that is planned of a manifest looks again."""
+    if tensor.fill:
+        element(tensor.fill, tensor.dtype)
+    for piece in tensor.pieces:
+        if not fits(piece, tensor.shape):
+            raise ValueError(f"a piece of {tensor.name!r} lies outside of it")
+        if piece.decay and tensor.dtype != "F32":
+            raise ValueError(f"{tensor.name!r} has decay rates in {tensor.dtype:.40}")
 
 
 def _changes(piece: Piece) -> list[Any]:
@@ -315,7 +339,16 @@ def _change(values: list[Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else _wrong(value)
+    if not isinstance(value, str) or value == "__metadata__":
+        _wrong(value)
+    # JSON can spell half of a surrogate pair, which no file and no terminal can hold.
+    value.encode()
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    good = type(value) in (int, float) and math.isfinite(value)
+    return float(value) if good else _wrong(value)
 
 
 def _flag(value: Any) -> bool:

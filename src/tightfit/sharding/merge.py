@@ -16,7 +16,7 @@ from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.gather import plan
 from tightfit.sharding.job import Job
-from tightfit.sharding.manifest import source_fingerprint
+from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint
 from tightfit.sharding.merge_output import MergeOutput
 from tightfit.sharding.parts import Part, fill, make_part, natural
 from tightfit.sharding.progress import Progress
@@ -87,6 +87,7 @@ def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
         source_fingerprint=(
             source_fingerprint(ranks.infos) if manifest is None else manifest.source_fingerprint
         ),
+        cut_fingerprint=cut_fingerprint(one.tensor for part in parts for one in part.placed),
         rank_files=ranks,
         twins={name: twin for name, twin in left_out.items() if twin is not None},
         not_returned=tuple(name for name, twin in left_out.items() if twin is None),

@@ -163,7 +163,8 @@ class Upload:
                 hint="does another process write there? " + self.safe(),
             )
         sums = {one.tensor.name: self.checksums[part.name, one.tensor.name] for one in part.placed}
-        note = {"sources": states, "state": state, "xxh3": sums}
+        header = xxhash.xxh3_128(part.header).hexdigest()
+        note = {"sources": states, "state": state, "header": header, "xxh3": sums}
         self.place.write(
             part_note(part.rank.rank, part.name), [encoded({"job": dict(self.job.identity)}, note)]
         )
@@ -184,13 +185,20 @@ class Upload:
     def _proof(self, part: Part, states: States) -> Mapping[str, str] | None:
         """The checksums of a part that is as its note says; None if that is not proven."""
         try:
-            note = _document(self.place, part_note(part.rank.rank, part.name), 1)
+            name = part_note(part.rank.rank, part.name)
+            job = _document(self.place, name, 0).get("job")
+            note = _document(self.place, name, 1)
             state = self.place.source.state(part.name)
         except (CheckpointError, VerificationError):
             return None
         sums, noted = note.get("xxh3"), note.get("sources")
         known = {one.tensor.name for one in part.placed}
         if not isinstance(sums, dict) or sums.keys() != known or not isinstance(noted, dict):
+            return None
+        if (
+            job != self.job.identity
+            or note.get("header") != xxhash.xxh3_128(part.header).hexdigest()
+        ):
             return None
         same_source = all(states.get(file) == state for file, state in noted.items())
         if not same_source or note.get("state") != state or state[0] != part.nbytes:
