@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from tightfit.errors import CheckpointError
 from tightfit.units import dtype_bytes
 
 
@@ -63,6 +64,9 @@ class RankTensor:
 
         Args:
             shapes: of the checkpoint's tensors; one that is not there stays as it was expected.
+
+        Raises:
+            CheckpointError: a tensor has more or fewer elements than are expected of it.
         """
         pieces: dict[tuple[int, ...], Piece] = {}
         for number, piece in enumerate(self.pieces):
@@ -71,6 +75,13 @@ class RankTensor:
             shape = shapes.get(piece.source, piece.source_shape)
             if shape != piece.source_shape:
                 view = piece.source_shape if piece.view is None else piece.view
+                if prod(view) != prod(shape):
+                    raise CheckpointError(
+                        f"{piece.source!r} has the shape {list(shape)}, and {self.name!r} is made "
+                        f"of one of {list(view)}",
+                        hint="the checkpoint was exported in a way that is not known, or is "
+                        "damaged; download it again",
+                    )
                 piece = replace(piece, view=view, source_shape=shape)
             pieces.setdefault(piece.at if self.optional else (number,), piece)
         fill = 0.0 if pieces else self.fill

@@ -6,6 +6,7 @@ Every copy is planned again as for writing; what no copy covers has to be `fill`
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from math import prod
 
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.model.pieces import element
@@ -26,9 +27,13 @@ def equal(
     planned: list[Copy | Turn | Decay] = []
     for piece in tensor.pieces:
         info = sources[piece.source]
+        seen = info.shape if piece.view is None else piece.view
         alike = info.dtype == tensor.dtype or piece.decay
-        if not alike or not _inside(
-            piece.start, piece.shape, info.shape if piece.view is None else piece.view
+        # A view that is larger than the tensor would see what lies behind it.
+        if (
+            not alike
+            or prod(seen) != prod(info.shape)
+            or not _inside(piece.start, piece.shape, seen)
         ):
             return False
         found = copies(piece, info, tensor.shape, target=0, target_offset=tensor.offset)
