@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support.quantized_media import make_quantized_media
 from support.quantized_models import SECTIONS, make_quantized_model
 from support.slicing import read_rank
 from support.work import merge_shards, write_shards
@@ -183,6 +184,9 @@ def test_refusals(tiny_model: TinyModel, tmp_path: Path) -> None:
     make_quantized_model("modelopt NVFP4", "experts", tmp_path / "nvfp4")
     with pytest.raises(LayoutError, match="depends on vLLM's kernel for modelopt"):
         write_shards(tmp_path / "nvfp4", tmp_path / "out", 2, expert_parallel=True)
+    towers = make_quantized_media("qwen3_vl_moe", "fp8 block", tmp_path / "towers")
+    with pytest.raises(UnsupportedModelError, match="beside towers has not been verified"):
+        write_shards(towers, tmp_path / "out", 2, expert_parallel=True)
     assert not (tmp_path / "out").exists()
     one = write_shards(model, tmp_path / "one", 1, expert_parallel=True)
     assert not one.expert_parallel

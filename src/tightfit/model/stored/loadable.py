@@ -54,6 +54,12 @@ def check_quantization(
             "whether a rank holds the input scales of all experts or of its own",
             hint="shard without --enable-expert-parallel",
         )
+    if expert_parallel and spec.towers:
+        raise UnsupportedModelError(
+            f"sharding whole experts of quantized {spec.architecture} is not supported: what vLLM "
+            "wants of them beside towers has not been verified",
+            hint="leave out --enable-expert-parallel, or shard the unquantized model",
+        )
     _check_towers(spec, recipe)
     for weight in plain_parameters(spec):
         _check_order(weight, recipe)
