@@ -77,7 +77,7 @@ def shard_of(directory: Path) -> Any:
 def test_going_on_from_one_pass_and_back(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama")
     write(model, tmp_path / "whole")
-    total = begin(model, tmp_path / "out")
+    total = begin(model, tmp_path / "out", 0.9)
     bars = Copied()
     spread_out(model, tmp_path / "out", bars=bars, resume=True)
     assert bars.totals["checking"] > 0
