@@ -60,10 +60,28 @@ def test_towers_that_no_list_names(model: str, tmp_path: Path) -> None:
 
 
 def test_towers_that_are_quantized(tmp_path: Path) -> None:
-    write_quantized(quantized_media_config("qwen3_vl", "FP8_DYNAMIC", []), tmp_path / "source")
+    config = quantized_media_config("qwen3_vl", "FP8_DYNAMIC", ["lm_head"])
+    source = write_quantized(config, tmp_path / "qwen3_vl")
+    write_shards(source, tmp_path / "out", 2)
+    tensors = load_file(source / "model.safetensors")
+    for rank in range(2):
+        found = read_rank(tmp_path / "out", rank)
+        for kind in ("weight", "weight_scale"):
+            members = tensors[f"model.visual.blocks.1.attn.qkv.{kind}"].chunk(3)
+            expected = torch.cat([member.chunk(2)[rank] for member in members])
+            held = found[f"visual.blocks.1.attn.qkv.{kind}"]
+            assert torch.equal(held.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"), [("gemma3_mm", "FP8_DYNAMIC"), ("qwen3_vl", "fp8 dynamic")]
+)
+def test_towers_that_vllm_may_not_load(model: str, scheme: str, tmp_path: Path) -> None:
+    config = quantized_media_config(model, scheme, ["lm_head"])
+    write_quantized(config, tmp_path / "source")
     with pytest.raises(UnsupportedModelError) as e:
         write_shards(tmp_path / "source", tmp_path / "out", 1)
-    assert "quantized towers have not been verified" in e.value.message
+    assert "its quantized tower has not been verified" in e.value.message
 
 
 def test_models_that_nobody_has_verified(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny multimodal checkpoints whose decoders are quantized, with the lists that producers write."""
+"""Tiny multimodal checkpoints, quantized but for most towers, with lists of producers."""
 
 import json
 from collections.abc import Mapping
@@ -56,6 +56,14 @@ CASES: Mapping[tuple[str, str], list[str]] = {
         "model.language_model.layers.0.linear_attn.in_proj_b",
         "model.language_model.layers.0.linear_attn.conv1d",
     ],
+    ("qwen3_5_moe", "FP8_DYNAMIC"): [
+        "lm_head",
+        "re:.*visual.*",
+        "re:.*mlp.gate$",
+        "re:.*shared_expert_gate$",
+        "re:.*linear_attn.*",
+    ],
+    ("whisper", "FP8_DYNAMIC"): ["proj_out"],
     ("gemma3_mm", "W4A16"): ["re:.*lm_head", _TOWER, _PROJECTOR],
     ("gemma3_mm", "FP8_DYNAMIC"): ["re:.*lm_head", "re:.*vision_tower.*", _PROJECTOR],
     ("gemma4_mm", "modelopt NVFP4"): ["lm_head", "model.embed_vision*", "model.vision_tower*"],
@@ -115,7 +123,7 @@ def quantized_media_config(model: str, scheme: str, ignored: list[str]) -> dict[
     config = json.loads(json.dumps(MEDIA[model])) | {"torch_dtype": "bfloat16"}
     text = next((config[key] for key in ("text_config", "llm_config") if key in config), config)
     text |= {key: size for key, size in _WIDE.items() if key in text} | _SIZES.get(model, {})
-    vision = config["vision_config"]
+    vision = config.get("vision_config", {})
     for name in ("out_hidden_size", "text_hidden_size"):
         if name in vision:
             vision[name] = text["hidden_size"]

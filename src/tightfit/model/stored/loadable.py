@@ -7,12 +7,14 @@ from tightfit.errors import LayoutError, UnsupportedModelError
 from tightfit.model.layout import Cut, Parallel, Rank, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.recipe import Recipe
+from tightfit.model.quantization.schemes import FP8, per_channel
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored.layouts import StoredLayout
-from tightfit.model.stored.media import QUANTIZED
+from tightfit.model.stored.media import QUANTIZED, QUANTIZED_TOWERS
 from tightfit.model.stored.quantized import MXFP4_BLOCK
 
 _VERSION = (0, 32)
+_FP8_CHANNELS = per_channel(FP8, static=False)
 _WIDEST = 256
 """What kernels for MXFP4 round widths up to, at most (`fused_moe/oracle/mxfp4.py`)."""
 _MARLIN_HIDDEN = 128
@@ -96,10 +98,13 @@ def _check_towers(spec: ModelSpec, recipe: Recipe) -> None:
     everywhere = replace(recipe, layers_only=False)
     for weight in (weight for tower in spec.towers for weight in tower.weights):
         source = weight.parts[0].source.removesuffix(".weight")
-        if recipe.forms(weight) is not None:
+        forms = recipe.forms(weight)
+        if forms == _FP8_CHANNELS and spec.architecture in QUANTIZED_TOWERS:
+            continue
+        if forms is not None:
             raise UnsupportedModelError(
                 f"sharding {spec.architecture} with {source!r} in {recipe.name} is not supported: "
-                "quantized towers have not been verified in vLLM",
+                "its quantized tower has not been verified in vLLM",
                 hint="quantize the model again, and ignore its towers",
             )
         if everywhere.forms(weight) is not None:

@@ -65,9 +65,14 @@ MEDIA: Mapping[str, FamilyNames] = {
     "WhisperForConditionalGeneration": _WHISPER,
 }
 
-QUANTIZED = frozenset(MEDIA) - {
-    "Glm4vMoeForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-    "WhisperForConditionalGeneration",
-}
+QUANTIZED = frozenset(MEDIA) - {"Glm4vMoeForConditionalGeneration"}
 """Those whose decoders vLLM has been seen to fill from quantized rank files."""
+QUANTIZED_TOWERS = frozenset(
+    {
+        "LlavaForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+        "WhisperForConditionalGeneration",
+    }
+)
+"""And their towers, in fp8 with scales of channels; vLLM 0.32 does not load all others."""
