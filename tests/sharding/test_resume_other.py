@@ -1,6 +1,8 @@
 """What is in a directory counts only if it is of the same job, and of the same model."""
 
 import json
+import os
+import shutil
 from math import prod
 from pathlib import Path
 from random import Random
@@ -51,12 +53,12 @@ def make(directory: Path, config: dict[str, Any], seed: int = 1) -> Path:
     return directory
 
 
-def job_of(model: Path, ranks: set[int] | None = None) -> ShardJob:
+def job_of(model: Path, ranks: set[int] | None = None, shard_bytes: int = 10**9) -> ShardJob:
     return prepare(
         open_checkpoint(str(model)),
         stored_layout("vllm-0.32"),
         tensor_parallel_size=2,
-        max_shard_bytes=10**9,
+        max_shard_bytes=shard_bytes,
         ranks=ranks,
     )
 
@@ -97,3 +99,74 @@ def test_another_config_on_a_store(tmp_path: Path) -> None:
             shard_to(job_of(model), url, NoProgress(), resume=True)
     finally:
         MemoryFileSystem().rm("/another_config", recursive=True)
+
+
+def test_ranks_of_two_models(tmp_path: Path) -> None:
+    one, other = make(tmp_path / "one", LLAMA), make(tmp_path / "other", LLAMA, seed=2)
+    out = tmp_path / "out"
+    shard(job_of(one, {0}), out, NoProgress())
+    before = digests(out)
+    for ranks in ({1}, None):
+        with pytest.raises(OutputError, match="holds ranks of different models"):
+            shard(job_of(other, ranks), out, NoProgress(), resume=ranks is None)
+        if ranks is not None:
+            assert digests(out) == before
+    assert not (out / "tightfit-manifest.json").exists()
+
+
+def test_ranks_of_two_models_on_a_store(tmp_path: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    one, other = make(tmp_path / "one", LLAMA), make(tmp_path / "other", LLAMA, seed=2)
+    url = "memory://two_models"
+    try:
+        shard_to(job_of(one, {0}), url, NoProgress())
+        with pytest.raises(OutputError, match="holds ranks of different models"):
+            shard_to(job_of(other, {1}), url, NoProgress())
+        assert not MemoryFileSystem().exists("/two_models/tightfit-manifest.json")
+    finally:
+        MemoryFileSystem().rm("/two_models", recursive=True)
+
+
+def test_nothing_vouches_for_a_rank_that_is_rewritten(tmp_path: Path) -> None:
+    model, out = make(tmp_path / "model", LLAMA), tmp_path / "out"
+    shard(job_of(model), tmp_path / "whole", NoProgress())
+    shard(job_of(model, {0}), out, NoProgress())
+    os.truncate(out / "model-rank-0-part-0.safetensors", 5000)
+    with pytest.raises(KeyboardInterrupt):
+        shard(job_of(model, {0}), out, Stop(), resume=True)
+    assert not (out / "tightfit-rank-0.json").exists()
+    assert shard(job_of(model, {1}), out, NoProgress()).missing_ranks == (0,)
+    shard(job_of(model, {0}), out, NoProgress(), resume=True)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_rank_that_lost_its_file_has_not_come(tmp_path: Path) -> None:
+    model, out = make(tmp_path / "model", LLAMA), tmp_path / "out"
+    shard(job_of(model, {0}), out, NoProgress())
+    os.truncate(out / "model-rank-0-part-0.safetensors", 5000)
+    assert shard(job_of(model, {1}), out, NoProgress()).missing_ranks == (0,)
+
+
+def test_another_job_comes_meanwhile(tmp_path: Path) -> None:
+    model, out = make(tmp_path / "model", LLAMA), tmp_path / "out"
+
+    class Meanwhile(NoProgress):
+        def phase(self, name: str, total_bytes: int) -> None:
+            shutil.copytree(tmp_path / "elsewhere", out, dirs_exist_ok=True)
+
+    shard(job_of(model, {1}, 10**6), tmp_path / "elsewhere", NoProgress())
+    with pytest.raises(OutputError, match="its max_shard_bytes is 1000000"):
+        shard(job_of(model, {0}), out, Meanwhile())
+    assert not (out / "tightfit-manifest.json").exists()
+
+
+def test_a_damaged_rank_manifest(tmp_path: Path) -> None:
+    model, out = make(tmp_path / "model", LLAMA), tmp_path / "out"
+    shard(job_of(model), tmp_path / "whole", NoProgress())
+    shard(job_of(model, {0}), out, NoProgress())
+    path = out / "tightfit-rank-0.json"
+    first, second = path.read_text().split("\n")
+    path.write_text(f"{first}\n{second.replace('model.norm', 'model.gnome')}")
+    shard(job_of(model), out, NoProgress(), resume=True)
+    assert digests(out) == digests(tmp_path / "whole")

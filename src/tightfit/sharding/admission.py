@@ -1,12 +1,13 @@
 """Whether a job may write to a place that is not empty: only where it goes on with itself."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.errors import OutputError
 from tightfit.sharding.job import Job
-from tightfit.sharding.manifest import Manifest
+from tightfit.sharding.manifest import Manifest, StoredFile, StoredTensor
+from tightfit.sharding.parts import Part
 from tightfit.sharding.ranks import rank_manifest, show_ranks
 from tightfit.sharding.side_files import side_files
 
@@ -52,17 +53,8 @@ def check_there(
                 else "give a new directory, or remove that one yourself"
             ),
         )
-    mine = job.identity
     for name in sorted(ours - {MANIFEST}):
-        other = read_job(name)
-        differing = [key for key in mine if other and other.get(key) != mine[key]]
-        if differing and other is not None:
-            key = differing[0]
-            raise OutputError(
-                f"{where} holds ranks of another job: its {key} is {other.get(key)!r:.80}, and "
-                f"not {mine[key]!r}",
-                hint="give a new directory, or the same options and source as there",
-            )
+        check_job(where, read_job(name), job)
     if not resume:
         taken = sorted({r for r in job.ranks if rank_manifest(r) in names})
         if taken or MANIFEST in names:
@@ -74,23 +66,75 @@ def check_there(
             )
 
 
+def check_job(where: str, other: Mapping[str, Any] | None, job: Job) -> None:
+    """What a file of ours says that it belongs to, if it says anything, has to be this job.
+
+    Raises:
+        OutputError: it is another one.
+    """
+    mine = job.identity
+    differing = [key for key in mine if other and other.get(key) != mine[key]]
+    if differing and other is not None:
+        key = differing[0]
+        raise OutputError(
+            f"{where} holds ranks of another job: its {key} is {other.get(key)!r:.80}, and "
+            f"not {mine[key]!r}",
+            hint="give a new directory, or the same options and source as there",
+        )
+
+
+def check_one_model(where: str, files: Iterable[StoredFile]) -> None:
+    """Ranks with the same headers may be of different models: what several hold tells.
+
+    Raises:
+        OutputError: two ranks hold different copies of something.
+    """
+    seen: dict[object, tuple[str, str]] = {}
+    for file in files:
+        for one in file.tensors:
+            if one.pieces:
+                known = seen.setdefault(
+                    (one.dtype, one.shape, one.fill, one.pieces), (file.name, one.xxh3)
+                )
+                if known[1] != one.xxh3:
+                    raise OutputError(
+                        f"{where} holds ranks of different models: {one.name!r} is not the same "
+                        f"in {known[0]} and {file.name}",
+                        hint="give a new directory to the ranks of each model",
+                    )
+
+
+def is_of(
+    files: Iterable[StoredFile], parts: Iterable[Part], size: Callable[[str], int | None]
+) -> bool:
+    """Whether files are there, and are vouched for as what these parts are."""
+    known = {file.name: file for file in files}
+    return all(
+        part.name in known
+        and _described(known[part.name].tensors)
+        == [
+            (one.tensor.name, one.tensor.dtype, one.tensor.shape, one.offset, one.tensor.pieces)
+            for one in part.placed
+        ]
+        and known[part.name].rank == part.rank.rank
+        and known[part.name].nbytes == part.nbytes == size(part.name)
+        for part in parts
+    )
+
+
 def check_same(where: str, manifest: Manifest, job: Job, size: Callable[[str], int | None]) -> None:
     """A place that is whole has to be the output of this job; `size` is that of a file there.
 
     Raises:
         OutputError: it is not.
     """
-    files = {file.name: file for file in manifest.files}
-    for part in job.parts:
-        file = files.get(part.name)
-        placed = [(one.tensor.name, one.offset, one.tensor.pieces) for one in part.placed]
-        if (
-            file is None
-            or manifest.source_fingerprint != job.source_fingerprint
-            or [(t.name, t.offset, t.pieces) for t in file.tensors] != placed
-            or size(part.name) != part.nbytes
-        ):
-            raise OutputError(
-                f"{where} is the output of another job",
-                hint="give a new directory; `tightfit verify` says what is in that one",
-            )
+    same_source = manifest.source_fingerprint == job.source_fingerprint
+    if not same_source or not is_of(manifest.files, job.parts, size):
+        raise OutputError(
+            f"{where} is the output of another job",
+            hint="give a new directory; `tightfit verify` says what is in that one",
+        )
+
+
+def _described(tensors: Iterable[StoredTensor]) -> list[tuple[object, ...]]:
+    return [(one.name, one.dtype, one.shape, one.offset, one.pieces) for one in tensors]

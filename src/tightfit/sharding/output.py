@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +18,9 @@ from typing import Any, Self
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
 from tightfit.errors import OutputError
-from tightfit.sharding.admission import check_same, check_there
+from tightfit.sharding.admission import check_one_model, check_same, check_there, is_of
 from tightfit.sharding.attempts import Attempts
+from tightfit.sharding.complete import complete_rank, complete_ranks, size_in
 from tightfit.sharding.job import Job
 from tightfit.sharding.journal import Journal, States
 from tightfit.sharding.manifest import Manifest, manifest_of, read_manifest
@@ -105,9 +107,25 @@ class ShardOutput:
                 self._journals[rank] = Journal(
                     path, rank, self._job.identity, sources, resume=self._resume
                 )
+                self._forget(rank)
                 self.attempts(rank).remove()
                 noted |= self._journals[rank].noted
         return noted
+
+    def _forget(self, rank: int) -> None:
+        """Whatever vouched for a rank does so no more, as its files are about to change."""
+        path = self.path / rank_manifest(rank)
+        there = os.path.lexists(path)
+        if os.path.lexists(self.path / MANIFEST) or (
+            there and (not self._resume or self._is_complete(rank))
+        ):
+            raise OutputError(
+                f"another process has written rank {rank} to {self.path} meanwhile",
+                hint="run the same command again with --resume",
+            )
+        if there:
+            os.unlink(path)
+            sync_directory(self.path)
 
     def attempts(self, rank: int) -> Attempts:
         """Where tasks try to write the parts of a rank."""
@@ -180,6 +198,9 @@ class ShardOutput:
             The manifest of the ranks that are there now.
         """
         with self._errors(self.path, 0):
+            others = complete_ranks(self.path, self._job) if self._partly else ()
+            of_others = [file for one in others for file in one.files]
+            check_one_model(str(self.path), [*of_others, *manifest.files])
             self._name_parts()
             if not self._partly:
                 self._write(self.path / MANIFEST, [_encoded(manifest.to_json())])
@@ -242,15 +263,9 @@ class ShardOutput:
                 self.proven |= {(file.name, tensor.name): tensor.xxh3 for tensor in file.tensors}
 
     def _is_complete(self, rank: int) -> bool:
-        if not os.path.exists(self.path / rank_manifest(rank)):
-            return False
-        for part in self._job.parts:
-            if part.rank.rank == rank:
-                with suppress(OSError):
-                    if os.stat(self.path / part.name).st_size == part.nbytes:
-                        continue
-                return False
-        return True
+        manifest = complete_rank(self.path, rank, self._job)
+        parts = [part for part in self._job.parts if part.rank.rank == rank]
+        return manifest is not None and is_of(manifest.files, parts, partial(size_in, self.path))
 
     def _check_there(self, names: set[str]) -> None:
         """Go on only in a directory that is the beginning of this very job."""
@@ -263,29 +278,19 @@ class ShardOutput:
         )
 
     def _check_same(self, manifest: Manifest) -> None:
-        check_same(str(self.path), manifest, self._job, self._size)
-
-    def _size(self, name: str) -> int | None:
-        try:
-            return os.stat(self.path / name).st_size
-        except FileNotFoundError:
-            return None
+        check_same(str(self.path), manifest, self._job, partial(size_in, self.path))
 
     def _united(self, manifest: Manifest) -> Manifest:
         """The manifest of all ranks that have come; if these are all, write it."""
-        found: list[Manifest] = []
-        for rank in range(self._job.parallel.world_size):
-            try:
-                document = read_rank_manifest(self.path, rank)
-            except FileNotFoundError:
-                if os.path.exists(self.path / MANIFEST):
-                    # Somebody else brought the last rank at the same moment.
-                    return read_manifest(self.path)
-                continue
-            found.append(manifest_of(document, self.path / rank_manifest(rank)))
+        found = complete_ranks(self.path, self._job)
+        world_size = self._job.parallel.world_size
+        if len(found) < world_size and os.path.exists(self.path / MANIFEST):
+            # Somebody else brought the last rank at the same moment.
+            return read_manifest(self.path)
         files = tuple(file for one in found for file in one.files)
+        check_one_model(str(self.path), files)
         united = (found[0] if found else manifest).with_files(files)
-        if len(found) == self._job.parallel.world_size:
+        if len(found) == world_size:
             try:
                 self._write(self.path / MANIFEST, [_encoded(united.to_json())])
             except FileNotFoundError:
@@ -338,12 +343,14 @@ class ShardOutput:
         for rank in self._journals:
             self.attempts(rank).remove()
         keep = self._committed or self._resume
-        for journal in self._journals.values():
-            journal.close(remove=not keep or self._committed)
         if not keep:
+            # While the ranks are still locked: then the next may make files of these names.
             for path in reversed(self._made):
                 with suppress(OSError):
                     os.unlink(path)
+        for journal in self._journals.values():
+            journal.close(remove=not keep or self._committed)
+        if not keep:
             for directory in reversed(self._directories):
                 with suppress(OSError):
                     os.rmdir(directory)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.checkpoint.source import Source
-from tightfit.errors import UsageError, VerificationError
+from tightfit.errors import OutputError, UsageError, VerificationError
+from tightfit.sharding.regular import read_regular
 
-_OURS = re.compile(r"tightfit-rank-(\d{1,6})(?:\.(json|journal)|-.*\.json)")
+_OURS = re.compile(r"tightfit-rank-(\d{1,6})(?:\.(json|journal)|-.+\.safetensors\.json)")
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _LARGEST_BYTES = 2**30
 _LONGEST_LINE_BYTES = 2**20
@@ -52,6 +53,12 @@ def part_note(rank: int, part: str) -> str:
     return f"tightfit-rank-{rank}-{part}.json"
 
 
+def note_rank(name: str) -> int | None:
+    """The rank that a journal, a manifest of a rank or a note belongs to; None of other files."""
+    match = _OURS.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
 def arrived(source: Source) -> Arrived:
     """What names and first lines say; nothing is checked."""
     complete: set[int] = set()
@@ -74,9 +81,8 @@ def arrived(source: Source) -> Arrived:
 def read_job(path: Path) -> Mapping[str, Any] | None:
     """The job that a journal or the manifest of a rank belongs to; None if it says nothing."""
     try:
-        with open(path, "rb") as file:
-            return job_of(file.readline(_LONGEST_LINE_BYTES))
-    except OSError:
+        return job_of(read_regular(path, _LONGEST_LINE_BYTES))
+    except (OSError, OutputError):
         return None
 
 
@@ -95,11 +101,12 @@ def read_rank_manifest(directory: Path, rank: int) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
+        OutputError: it is no regular file.
         VerificationError: it is damaged.
     """
     path = directory / rank_manifest(rank)
     try:
-        data = path.read_bytes() if path.stat().st_size < _LARGEST_BYTES else b""
+        data = read_regular(path, _LARGEST_BYTES)
         _, _, rest = data.partition(b"\n")
         document = json.loads(rest)
     except (ValueError, RecursionError) as error:

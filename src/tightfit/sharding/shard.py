@@ -86,10 +86,10 @@ def write_parts(
     for name in states:
         # Opened before anything is copied, so that every change from now on is seen.
         files.descriptor(name)
-    if job.cut_again is not None:
-        check_rank_files(job, files, progress)
     checksums = dict(output.proven)
     noted = output.start(states)
+    if job.cut_again is not None:
+        check_rank_files(job, files, progress)
     if executor is not None:
         checksums |= spread(job, output, noted, states, progress, executor)
         files.check_unchanged()

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +22,13 @@ from tightfit.checkpoint.remote_output import BLOCK_BYTES, RemoteDirectory, enco
 from tightfit.checkpoint.source import Source
 from tightfit.checkpoint.store import FIRST_WAIT_SECONDS, diagnose
 from tightfit.errors import CheckpointError, OutputError, TightfitError, VerificationError
-from tightfit.sharding.admission import check_same, check_there
+from tightfit.sharding.admission import check_job, check_one_model, check_same, check_there
 from tightfit.sharding.job import Job, ShardJob
-from tightfit.sharding.manifest import Manifest, manifest_of
+from tightfit.sharding.manifest import Manifest, StoredFile, manifest_of
 from tightfit.sharding.parts import Part
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.agreement import check_rank_files
-from tightfit.sharding.ranks import part_note, rank_manifest
+from tightfit.sharding.ranks import note_rank, part_note, rank_manifest
 from tightfit.sharding.shard import Checksums, config_to_write, manifest_for
 from tightfit.sharding.side_files import side_files
 from tightfit.sharding.stream.by_part import PartWork, plan_parts, write_parts
@@ -107,6 +107,9 @@ class Upload:
             states = source_states(source, files)
             self._prove(set(names), states, progress)
             todo = [work for work in works if work.part.name not in self.done]
+            # What vouched for files that change does so no more.
+            ranks = {rank_manifest(work.part.rank.rank) for work in todo}
+            self.place.remove(sorted(ranks & set(names)))
             self.place.give_up_uploads(work.part.name for work in todo)
             if job.cut_again is not None and todo:
                 check_rank_files(job, opened, progress)
@@ -265,21 +268,39 @@ def _vouch(
     """Write what vouches for the ranks of this job, and for all of them if all are there."""
     manifest = manifest_for(job, checksums)
     if len(job.ranks) < job.parallel.world_size:
+        there = sorted({r for r in map(note_rank, place.names()) if r is not None})
+        others = [rank for rank in there if rank not in job.ranks]
+        check_one_model(place.label, [*_of_ranks(job, place, others), *manifest.files])
         for rank in job.ranks:
             lines = encoded({"job": dict(job.identity)}, manifest.only(rank).to_json())
             place.write(rank_manifest(rank), [lines])
+        # Again, as others may have come meanwhile.
         names = place.names()
         there = [r for r in range(job.parallel.world_size) if rank_manifest(r) in names]
-        found = [
-            manifest_of(_document(place, name, 1), f"{place.label}/{name}")
-            for name in map(rank_manifest, there)
-        ]
-        manifest = manifest.with_files(tuple(file for one in found for file in one.files))
+        found = _of_ranks(job, place, there)
+        check_one_model(place.label, found)
+        manifest = manifest.with_files(tuple(found))
     if not manifest.missing_ranks:
         place.write(MANIFEST, [encoded(manifest.to_json())])
-        notes = [n for n in place.names() if n.startswith("tightfit-") and n.endswith(".json")]
-        place.remove(name for name in notes if name != MANIFEST)
+        place.remove(name for name in place.names() if note_rank(name) is not None)
     return manifest
+
+
+def _of_ranks(job: ShardJob, place: RemoteDirectory, ranks: Iterable[int]) -> list[StoredFile]:
+    """The files of ranks that are vouched for, and there in full.
+
+    Raises:
+        OutputError: a rank is of another job.
+    """
+    found: list[StoredFile] = []
+    for rank in ranks:
+        name = rank_manifest(rank)
+        with suppress(CheckpointError, VerificationError):
+            check_job(place.label, _document(place, name, 0).get("job"), job)
+            files = manifest_of(_document(place, name, 1), f"{place.label}/{name}").files
+            if all(f.rank == rank and place.source.size(f.name) == f.nbytes for f in files):
+                found += files
+    return found
 
 
 def _document(place: RemoteDirectory, name: str, line: int) -> dict[str, Any]:
