@@ -7,8 +7,10 @@ several ranks hold has one owner, the first of them; the others are copies, and 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import CheckpointError
 from tightfit.model.layout import Piece
 
 
@@ -102,6 +104,9 @@ def compose(wanted: Piece, owned: Iterable[Owned]) -> tuple[tuple[Piece, ...], i
     Returns:
         Pieces whose sources are tensors of rank files (`key`), with the dimensions of those, and
         how many of the wanted elements nobody holds.
+
+    Raises:
+        CheckpointError: only what was computed of them is held.
     """
     outer = box_of(wanted)
     found: list[Piece] = []
@@ -132,8 +137,41 @@ def key(tensor: TensorInfo) -> str:
     return f"{tensor.file}\0{tensor.name}"
 
 
+def fits(piece: Piece, shape: tuple[int, ...]) -> bool:
+    """Whether the boxes of a piece lie inside its source and a target of this shape.
+
+    Manifests come from a file; nothing that is planned from them checks it again.
+    """
+    source = piece.source_shape if piece.view is None else piece.view
+    there = piece.shape
+    if piece.transposed:
+        there = (*there[:-2], *there[-2:][::-1])
+    depth = len(shape) - len(there)
+    return (
+        depth >= 0
+        and len(piece.start) == len(there) == len(source)
+        and len(piece.at) == len(shape)
+        and (not piece.transposed or len(there) >= 2)
+        and prod(source) == prod(piece.source_shape)
+        and _inside(piece.at, (1,) * depth + there, shape)
+        and _inside(piece.start, piece.shape, source)
+        # Rates are computed of whole rows.
+        and not (piece.decay and (piece.transposed or piece.shape[1:] != source[1:]))
+        and not (piece.decay and piece.shape[1:] != shape[1:])
+    )
+
+
+def _inside(start: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return all(a + n <= m for a, n, m in zip(start, shape, whole, strict=True))
+
+
 def _through(box: Box, held: Held, wanted: Piece) -> Piece:
-    assert wanted.decay or not held.piece.decay, "nobody can undo it exactly"
+    if held.piece.decay and not wanted.decay:
+        raise CheckpointError(
+            f"{held.tensor.file}: {held.tensor.name!r} holds decay rates, from which nobody gets "
+            f"the exact values of {wanted.source!r} back",
+            hint="shard the model again, from the checkpoint that it was made of",
+        )
     start, shape = _land(box, held.piece)
     at, _ = _land(box, wanted)
     return Piece(

@@ -124,14 +124,20 @@ def copies(
     target: int,
     target_offset: int,
 ) -> Iterator[Copy | Turn | Decay]:
-    """What carries out one piece, as few and as long ranges as its strides allow."""
+    """What carries out one piece, as few and as long ranges as its strides allow.
+
+    Of an empty piece, whose strides mean nothing, there is nothing to carry out.
+    """
+    if 0 in piece.shape:
+        return
     size = dtype_bytes(source.dtype)
-    source_strides = _strides(source.shape if piece.view is None else piece.view)
+    seen = source.shape if piece.view is None else piece.view
+    source_strides = _strides(seen)
     source_offset = source.offset + size * _dot(piece.start, source_strides)
     target_strides = _strides(target_shape)
     target_offset += (4 if piece.decay else size) * _dot(piece.at, target_strides)
     if piece.decay:
-        assert piece.shape[1:] == source.shape[1:] == target_shape[1:]
+        assert piece.shape[1:] == seen[1:] == target_shape[1:]
         yield Decay(
             source_offset=source_offset,
             dtype=source.dtype,

@@ -8,6 +8,8 @@ import math
 import struct
 
 _BF16, _FORMATS = "BF16", {"F32": "f", "F16": "e"}
+RATES_OF = (_BF16, *_FORMATS)
+"""The dtypes that the logarithms may have."""
 
 
 def decay_rates(data: bytes, dtype: str) -> bytes:

@@ -75,11 +75,16 @@ class RankFiles:
         """A box of a source tensor, as boxes of tensors of the files.
 
         Raises:
-            CheckpointError: the files do not hold all of it.
+            CheckpointError: the files do not hold all of it, or hold it otherwise cut.
         """
+        if wanted.view != self.view(wanted.source) and wanted.source in self.held:
+            raise CheckpointError(
+                f"{self.checkpoint.name} holds {wanted.source!r} in slices that do not fit its "
+                "config.json",
+                hint="config.json or the manifest was changed; " + _AGAIN,
+            )
         pieces, missing = compose(wanted, self.owned.get(wanted.source, ()))
-        same_view = wanted.view == self.view(wanted.source)
-        if missing or not same_view:
+        if missing:
             raise CheckpointError(
                 f"{self.checkpoint.name} lacks {missing:,} elements of {wanted.source!r}",
                 hint="the files of a rank or a part are missing; run `tightfit verify`",
@@ -144,7 +149,6 @@ def _by_manifest(checkpoint: Checkpoint, source: Source, manifest: Manifest) -> 
         for tensor in file.tensors:
             info = header[tensor.name]
             for piece in tensor.pieces:
-                _check_piece(piece, info)
                 held[piece.source].append(Held(tensor=info, piece=piece))
     layout = LAYOUTS.get(manifest.layout)
     parallel = manifest.parallel(uneven=layout is not None and layout.uneven)
@@ -239,33 +243,6 @@ def _assembled(
 def _check_header(file: StoredFile, header: Mapping[str, TensorInfo]) -> None:
     for difference in disagreements(file, header):
         raise VerificationError(difference, hint=_AGAIN)
-
-
-def _check_piece(piece: Piece, info: TensorInfo) -> None:
-    """Boxes come from a file: they have to lie inside the tensors that they speak of."""
-    shape = piece.shape
-    source = piece.source_shape if piece.view is None else piece.view
-    if piece.transposed:
-        shape = (*shape[:-2], *shape[-2:][::-1])
-    depth = len(info.shape) - len(shape)
-    good = (
-        depth >= 0
-        and len(piece.start) == len(shape) == len(source)
-        and len(piece.at) == len(info.shape)
-        and (not piece.transposed or len(shape) >= 2)
-        and prod(source) == prod(piece.source_shape)
-        and _inside(piece.at, (1,) * depth + shape, info.shape)
-        and _inside(piece.start, piece.shape, source)
-    )
-    if not good:
-        raise VerificationError(
-            f"{MANIFEST}: a piece of {info.name!r} in {info.file} lies outside of it",
-            hint=_AGAIN,
-        )
-
-
-def _inside(start: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    return all(a + n <= m for a, n, m in zip(start, shape, whole, strict=True))
 
 
 def _check_expected(

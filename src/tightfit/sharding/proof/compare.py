@@ -11,7 +11,7 @@ from math import prod
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.model.pieces import element
 from tightfit.sharding.copies import Copy, Decay, Turn, copies
-from tightfit.sharding.decay import decay_rates
+from tightfit.sharding.decay import RATES_OF, decay_rates
 from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles, turned
 from tightfit.units import dtype_bytes
@@ -28,7 +28,7 @@ def equal(
     for piece in tensor.pieces:
         info = sources[piece.source]
         seen = info.shape if piece.view is None else piece.view
-        alike = info.dtype == tensor.dtype or piece.decay
+        alike = info.dtype in RATES_OF if piece.decay else info.dtype == tensor.dtype
         # A view that is larger than the tensor would see what lies behind it.
         if (
             not alike
