@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.errors import OutputError
+from tightfit.sharding.regular import open_regular
 
 States = Mapping[str, list[int | str]]
 """By source file, its size, and its time of modification or what a distant store says of it."""
@@ -36,12 +37,12 @@ class Journal:
     ) -> None:
         self.path = path
         self.noted: dict[tuple[str, str], str] = {}
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._fd = -1
         mine = False
         try:
             while True:
-                self._fd = os.open(self.path, flags, 0o666)
+                self._fd = open_regular(self.path, flags)
                 self._lock(rank, path.parent)
                 status = os.fstat(self._fd)
                 if status.st_nlink:
@@ -62,7 +63,17 @@ class Journal:
     def _begin(self, first: Mapping[str, Any], size: int) -> None:
         lines = self._lines(size)
         head = lines[0] if lines else None
-        if not isinstance(head, dict) or not _same_sources(head.get("sources"), first["sources"]):
+        if size and not (isinstance(head, dict) and isinstance(head.get("job"), dict)):
+            raise OutputError(
+                f"{self.path} is damaged, or no journal of tightfit",
+                hint="remove it; then --resume writes what it spoke of again",
+            )
+        if head is not None and head["job"] != first["job"]:
+            raise OutputError(
+                f"{self.path} is of another job",
+                hint="give a new directory, or the same options and source as there",
+            )
+        if head is None or not _same_sources(head.get("sources"), first["sources"]):
             lines = []
             os.ftruncate(self._fd, 0)
             os.write(self._fd, _encoded(first))

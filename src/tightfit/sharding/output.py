@@ -31,6 +31,7 @@ from tightfit.sharding.ranks import (
     read_job,
     read_rank_manifest,
 )
+from tightfit.sharding.regular import open_regular
 
 Read = Callable[[int, int], bytes]
 """Gives the bytes of a file from one place to another."""
@@ -137,8 +138,7 @@ class ShardOutput:
         with self._errors(self.path / part.name, part.nbytes):
             before = self.begun(part)
             # 0666, which the umask restricts: servers run as other users.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = self._fds[part.name] = os.open(partial, flags, 0o666)
+            fd = self._fds[part.name] = open_regular(partial, os.O_RDWR | os.O_CREAT)
             if os.fstat(fd).st_size > part.nbytes:
                 os.ftruncate(fd, part.nbytes)
             reserve(fd, part.nbytes)
@@ -179,7 +179,7 @@ class ShardOutput:
         """
         final = self.path / name
         with self._errors(final, size):
-            with suppress(FileNotFoundError), open(final, "rb") as file:
+            with suppress(FileNotFoundError), open(open_regular(final), "rb") as file:
                 same = os.fstat(file.fileno()).st_size == size and all(
                     file.read(stop - start) == read(start, stop) for start, stop in _blocks(size)
                 )
@@ -317,7 +317,9 @@ class ShardOutput:
         """A small file, which appears whole."""
         partial = final.with_name(f"{final.name}.rank{self._job.ranks[0]}.partial")
         self._made.append(partial)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        with suppress(FileNotFoundError):
+            os.unlink(partial)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             for data in blocks:
                 view = memoryview(data)
