@@ -1,7 +1,7 @@
 """Ask a real vLLM (CPU build) which tensors its sharded-state loader wants. Run by its interpreter.
 
 usage: state_jobs.py JOBS.json   where JOBS is a list of
-    {"directory", "tp", "pp", "kernels", "sharded"}
+    {"directory", "tp", "pp", "kernels", "sharded", "memory"}
 
 A model is built without weights on every rank of the layout, and what is listed is its state before
 any kernel rearranges it, after the loader's own filter of tensors that share memory. vLLM is
@@ -9,7 +9,8 @@ imported once; each job forks one process per rank, joined by gloo. Every job gi
 JSON: for each rank a dictionary of name to [shape, dtype, value if all elements have it], or an
 error. Without `kernels` none are chosen, because those of most quantizations are for GPUs. With
 `sharded`, the rank files of the same model, vLLM fills its state from each of the two directories,
-and the answer has the names of tensors whose bytes are `different` then.
+and the answer has the names of tensors whose bytes are `different` then; before, all bytes of the
+memory are `memory`.
 """
 
 import json
@@ -85,7 +86,9 @@ def build(job, rank, store, results):
         }
         if "sharded" in job:
             with set_current_vllm_config(config):
-                answer["different"] = different(model, config, job["sharded"])
+                answer["different"] = different(
+                    model, config, job["sharded"], job.get("memory", 77)
+                )
     except BaseException as error:
         answer["error"] = f"{type(error).__name__}: {error}"[:500]
     results.put(answer)
@@ -94,7 +97,7 @@ def build(job, rank, store, results):
     os._exit(0)
 
 
-def different(model, config, sharded):
+def different(model, config, sharded, memory):
     import torch
     from vllm.config.load import LoadConfig
     from vllm.model_executor.model_loader import ShardedStateLoader, get_model_loader
@@ -105,7 +108,7 @@ def different(model, config, sharded):
     get_model_loader(LoadConfig()).load_weights(model, config.model_config)
     loaded = {name: tensor.clone() for name, tensor in state().items()}
     for tensor in state().values():
-        tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).fill_(77)
+        tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).fill_(memory)
     config.model_config.model_weights = sharded
     get_model_loader(LoadConfig(load_format="sharded_state")).load_weights(
         model, config.model_config

@@ -68,7 +68,15 @@ def answers(directory: Path) -> dict[Case, Answer]:
         path = directory / _name(scheme, model)
         out = _sharded(path, size, ep)
         jobs.append(
-            {"directory": str(path), "tp": size, "ep": ep, "kernels": False, "sharded": str(out)}
+            {
+                "directory": str(path),
+                "tp": size,
+                "ep": ep,
+                "kernels": False,
+                "sharded": str(out),
+                # Where it makes experts wider than they are, vLLM begins with zeros.
+                "memory": 0 if scheme == "mxfp4" else 77,
+            }
         )
     return dict(zip(CASES, ask("state_jobs.py", jobs, directory), strict=True))
 
@@ -86,9 +94,14 @@ def test_names_and_shapes(
         for name, header in ranks.files.items():
             if name.startswith(f"model-rank-{rank}-"):
                 found |= header
-        assert {name: list(info.shape) for name, info in found.items()} == {
-            name: shape for name, (shape, *_) in state.items()
-        }
+        shapes = {name: list(info.shape) for name, info in found.items()}
+        room = {name: shape for name, (shape, *_) in state.items()}
+        if scheme == "mxfp4":
+            # Kernels want wider experts, each another width.
+            assert shapes.keys() == room.keys()
+            assert all(n <= m for k in room for n, m in zip(shapes[k], room[k], strict=True))
+        else:
+            assert shapes == room
 
 
 @pytest.mark.parametrize(("scheme", "model", "size", "ep"), CASES)
