@@ -128,6 +128,48 @@ def test_exchanged_ranks_in_the_manifest(shards: Path) -> None:
     assert not any("norm" in line for line in found)
 
 
+def test_exchanged_names(shards: Path) -> None:
+    """vLLM goes by the names: each rank would load what is the other's."""
+    os.rename(shards / FIRST, shards / "x")
+    os.rename(shards / SECOND, shards / FIRST)
+    os.rename(shards / "x", shards / SECOND)
+
+    def swap(document: dict[str, Any]) -> None:
+        first, second = document["files"]
+        first["name"], second["name"] = SECOND, FIRST
+
+    edit(shards / MANIFEST, swap)
+    assert problems(shards) == [
+        f"{SECOND} is listed as a file of rank 0, which has {FIRST}",
+        f"{FIRST} is listed as a file of rank 1, which has {SECOND}",
+    ]
+
+
+def test_gap_in_the_parts(shards: Path) -> None:
+    third = FIRST.replace("part-0", "part-2")
+    os.rename(shards / FIRST, shards / third)
+    edit(shards / MANIFEST, lambda d: d["files"][0].update(name=third))
+    assert problems(shards) == [f"{third} is listed as a file of rank 0, which has {FIRST}"]
+
+
+def test_ranks_of_different_checkpoints(shards: Path, tmp_path: Path) -> None:
+    """Of the same shapes and names, each rank whole by itself."""
+    from support.tiny_models import make_tiny_model
+
+    model = make_tiny_model("llama", tmp_path / "other")
+    weights = model / "model.safetensors"
+    data = weights.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    weights.write_bytes(data[:length] + bytes(byte ^ 1 for byte in data[length:]))
+    write_shards(model, tmp_path / "theirs", 2)
+    theirs = json.loads((tmp_path / "theirs" / MANIFEST).read_bytes())
+    shutil.copy(tmp_path / "theirs" / SECOND, shards / SECOND)
+    edit(shards / MANIFEST, lambda d: d["files"].__setitem__(1, theirs["files"][1]))
+    (found,) = problems(shards)
+    assert found.startswith("rank 0 and rank 1 hold different 'model.")
+    assert found.endswith(" more: they were cut from different checkpoints")
+
+
 def test_exchanged_slices_in_the_manifest(shards: Path, tiny_model: TinyModel) -> None:
     def swap(document: dict[str, Any]) -> None:
         one, other = (file["tensors"]["lm_head.weight"] for file in document["files"])

@@ -1,6 +1,6 @@
 """`tightfit verify`: is a sharded checkpoint what its manifest says, and what its source holds?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +10,16 @@ from tightfit.checkpoint.files import MANIFEST, find_weights
 from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, TightfitError, VerificationError
 from tightfit.model.families import model_spec
+from tightfit.model.layout import Rank, RankTensor
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.sharding.manifest import Manifest, StoredFile, read_manifest
+from tightfit.sharding.manifest import (
+    ORIGINALS,
+    Manifest,
+    StoredFile,
+    StoredTensor,
+    read_manifest,
+)
+from tightfit.sharding.parts import file_name, natural
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.content import damages, differences
 from tightfit.sharding.proof.headers import file_problems, stray_files
@@ -53,7 +61,7 @@ def verify(
     place = LocalSource(directory) if isinstance(directory, Path) else directory
     if against is not None:
         require_weights(against, "verify")
-    problems = list(_structure(place, config, manifest))
+    problems = [*_structure(place, config, manifest), *_unlike(manifest)]
     good: list[StoredFile] = []
     for file in manifest.files:
         found = list(file_problems(place, file))
@@ -130,7 +138,8 @@ def _structure(source: Source, config: dict[str, object], manifest: Manifest) ->
             for piece in tensor.pieces
         }
         for rank in parallel.ranks():
-            expected = {t.name: t.settled(shapes) for t in rank_tensors(spec, rank, layout)}
+            yield from _misnamed(rank, manifest)
+            expected = {t.name: _settled(t, shapes) for t in rank_tensors(spec, rank, layout)}
             files = manifest.rank_files(rank.rank)
             stored = {t.name: t for file in files for t in file.tensors}
             for name in sorted(expected.keys() - stored.keys()):
@@ -148,3 +157,45 @@ def _structure(source: Source, config: dict[str, object], manifest: Manifest) ->
                     yield f"rank {rank.rank}: {name!r} holds the slices of another rank or model"
     except TightfitError as error:
         yield f"config.json does not fit the manifest: {error.message}"
+
+
+def _settled(tensor: RankTensor, shapes: Mapping[str, tuple[int, ...]]) -> RankTensor:
+    """As the config wants it where the sources have other sizes: then that is the difference."""
+    try:
+        return tensor.settled(shapes)
+    except CheckpointError:
+        return tensor
+
+
+def _misnamed(rank: Rank, manifest: Manifest) -> Iterator[str]:
+    """Engines go by the names of files, whatever rank a manifest has them belong to."""
+    found = [file.name for file in manifest.rank_files(rank.rank)]
+    wanted = [file_name(rank, number) for number in range(len(found))]
+    for name in sorted(set(found).difference(wanted), key=natural):
+        yield f"{name} is listed as a file of rank {rank.rank}, which has {_names(wanted)}"
+    if len(set(found)) < len(found):
+        yield f"rank {rank.rank} has a file that is listed twice"
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _unlike(manifest: Manifest) -> Iterator[str]:
+    """Ranks that hold the same boxes, and other bytes: norms, routers, copied heads."""
+    first: dict[tuple[object, ...], tuple[StoredFile, StoredTensor]] = {}
+    unlike: dict[tuple[int, int], list[str]] = {}
+    for file in manifest.files:
+        for tensor in file.tensors:
+            if not tensor.pieces or file.name == ORIGINALS:
+                continue
+            what = (tensor.dtype, tensor.shape, tensor.fill, tensor.pieces)
+            owner, same = first.setdefault(what, (file, tensor))
+            if same.xxh3 != tensor.xxh3:
+                unlike.setdefault((owner.rank, file.rank), []).append(tensor.name)
+    for (one, other), names in unlike.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        yield (
+            f"rank {one} and rank {other} hold different {names[0]!r}{more}: they were cut from "
+            "different checkpoints"
+        )
