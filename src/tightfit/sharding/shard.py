@@ -1,6 +1,5 @@
 """`tightfit shard`: carry out a prepared job, and vouch for what it wrote."""
 
-import os
 import resource
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -99,7 +98,7 @@ def write_parts(
     checksums |= _prove(job.parts, targets, noted, progress)
     pending = Pending(job.parts, job.copies, job.gathers, checksums.keys())
     for part in output.todo():
-        os.pwrite(opened[part.name][0], part.header, 0)
+        write_all(opened[part.name][0], [memoryview(part.header)], 0)
     for number, one in pending.unproven():
         _write_fill(one, targets[number], clear=opened[job.parts[number].name][1])
     progress.phase("copying", pending.nbytes)
@@ -163,7 +162,8 @@ def _write_fill(one: Placed, target: int, *, clear: bool) -> None:
     tensor = one.tensor
     if tensor.fill:
         assert not tensor.pieces
-        os.pwrite(target, element(tensor.fill, tensor.dtype) * prod(tensor.shape), one.offset)
+        filled = element(tensor.fill, tensor.dtype) * prod(tensor.shape)
+        write_all(target, [memoryview(filled)], one.offset)
     elif clear:
         copied = sum(dtype_bytes(tensor.dtype, prod(piece.shape)) for piece in tensor.pieces)
         zeros = memoryview(bytes(BUFFER_BYTES if copied < tensor.nbytes else 0))

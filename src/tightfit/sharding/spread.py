@@ -174,6 +174,8 @@ def prove(shared: Shared, task: ProveTask, advance: Advance) -> Mapping[str, str
                 one.tensor.name: checksum(file.fileno(), one.offset, one.tensor.nbytes, advance)
                 for one in part.placed
             }
+            # It gets its name as it is, and who wrote it may have died before bringing it to disk.
+            os.fsync(file.fileno())
     except OSError as error:
         raise _told(error, task.path, part, shared) from error
     return found if header == part.header else dict.fromkeys(found, "")
