@@ -6,12 +6,12 @@ from typing import Any
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.errors import OutputError
 from tightfit.sharding.job import Job
-from tightfit.sharding.manifest import Manifest, StoredFile, StoredTensor
+from tightfit.sharding.manifest import ORIGINALS, Manifest, StoredFile, StoredTensor
 from tightfit.sharding.parts import Part
-from tightfit.sharding.ranks import rank_manifest, show_ranks
+from tightfit.sharding.ranks import note_rank, rank_manifest, show_ranks
 from tightfit.sharding.side_files import side_files
 
-_RANK_PREFIXES = ("model-rank-", "model-pp-", "tightfit-")
+_RANK_PREFIXES = ("model-rank-", "model-pp-")
 
 
 def check_there(
@@ -21,6 +21,7 @@ def check_there(
     read_job: Callable[[str], Mapping[str, Any] | None],
     *,
     resume: bool,
+    rank_by_rank: bool = True,
 ) -> None:
     """Go on only in a place that is the beginning of this very job.
 
@@ -29,12 +30,13 @@ def check_there(
         names: what is there; not empty.
         read_job: gives the job that a file of ours belongs to; None if it says nothing.
         resume: whether to go on with what an earlier call has begun.
+        rank_by_rank: whether each file of a rank needs one of that very rank that says it is ours.
 
     Raises:
         OutputError: it is something else, or already has these ranks.
     """
-    ours = {name for name in names if name.startswith("tightfit-")}
-    allowed = {CONFIG, *side_files(job.checkpoint)}
+    ours = {name for name in names if name == MANIFEST or note_rank(name) is not None}
+    allowed = {CONFIG, ORIGINALS, *ours, *side_files(job.checkpoint)}
     foreign = [
         name
         for name in sorted(names)
@@ -53,8 +55,18 @@ def check_there(
                 else "give a new directory, or remove that one yourself"
             ),
         )
+    known: set[int | None] = set()
     for name in sorted(ours - {MANIFEST}):
-        check_job(where, read_job(name), job)
+        if (other := read_job(name)) is not None:
+            check_job(where, other, job)
+            known.add(note_rank(name) if rank_by_rank else None)
+    for part in job.parts:
+        rank = part.rank.rank if rank_by_rank else None
+        if part.name in names and MANIFEST not in names and rank not in known:
+            raise OutputError(
+                f"{where} holds {part.name}, and nothing there says that this job wrote it",
+                hint="give a new directory, or remove that file yourself",
+            )
     if not resume:
         taken = sorted({r for r in job.ranks if rank_manifest(r) in names})
         if taken or MANIFEST in names:

@@ -66,8 +66,9 @@ def arrived(source: Source) -> Arrived:
     sizes: set[int] = set()
     for name in source.files():
         if match := _OURS.fullmatch(name):
-            (complete if match[2] == "json" else begun).add(int(match[1]))
             job = job_of(source.read(name, 0, min(source.size(name), _LONGEST_LINE_BYTES)))
+            vouched = match[2] == "json" and job is not None
+            (complete if vouched else begun).add(int(match[1]))
             size = job.get("world_size") if job is not None else None
             if type(size) is int and 0 < size <= 2**20:
                 sizes.add(size)
@@ -126,6 +127,11 @@ def not_whole(source: Source) -> VerificationError | None:
     there, directory = arrived(source), source.label
     if not there.complete and not there.begun:
         return None
+    if there.world_size is not None and not there.missing:
+        return VerificationError(
+            f"{directory} is not whole: all ranks have come, and nothing vouches for them together",
+            hint="run the same command again with --resume",
+        )
     if there.world_size is None:
         message = f"{directory} is an unfinished output of `tightfit shard`"
         return VerificationError(message, hint="run the same command again with --resume")

@@ -69,6 +69,7 @@ def shard_to(
             job,
             lambda name: _document(place, name, 0).get("job"),
             resume=resume,
+            rank_by_rank=False,
         )
     if MANIFEST in names:
         manifest = manifest_of(_document(place, MANIFEST, 0), f"{place.label}/{MANIFEST}")
