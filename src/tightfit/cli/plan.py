@@ -12,8 +12,7 @@ from tightfit.cli.answers import Answers
 from tightfit.cli.ci import read_output, read_threshold
 from tightfit.cli.output import console, guarded, note, print_json, warn
 from tightfit.cli.plan_request import read_request
-from tightfit.cli.shards import read_shards
-from tightfit.cli.shards import tensor_parallel_size as shard_size
+from tightfit.cli.shards import options_of_shards, read_shards, require_one_layout
 from tightfit.errors import UsageError
 from tightfit.planner.api import open_model
 from tightfit.planner.plan import SCHEMA
@@ -172,7 +171,9 @@ def plan(
         warn(text)
     size = request.asked.get("tensor_parallel_size")
     shards = read_shards(request.model)
-    wanted = {**request.asked, "tensor_parallel_size": shard_size(size, shards, request.model)}
+    if shards is not None:
+        require_one_layout(sweep or (), request.model)
+    wanted = options_of_shards(request.asked, shards, request.model)
     opened = open_model(request.model, revision=request.revision)
     answers = Answers(
         opened=opened,

@@ -1,5 +1,7 @@
 """`tightfit shard`: per-rank checkpoints for `--load-format sharded_state`."""
 
+import shlex
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +11,7 @@ from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
 from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, note, print_json, progress, warn
+from tightfit.cli.shards import served, served_with
 from tightfit.errors import UsageError
 from tightfit.executors import EXECUTORS, open_executor
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
@@ -103,7 +106,7 @@ def shard(
         max_shard_bytes=size,
         ranks=None if ranks is None else parse_ranks(ranks),
     )
-    for text in job.notes:
+    for text in (*job.notes, *_dropped(job)):
         warn(text)
     missing: tuple[int, ...] = ()
     if not dry_run:
@@ -128,6 +131,23 @@ def shard(
         print_json(_document(job, out, dry_run, missing))
     elif dry_run or not quiet:
         _show(job, out, dry_run, missing)
+
+
+def _dropped(job: ShardJob) -> Iterator[str]:
+    """What a sharded source has and the result has not: only the flags of a call count."""
+    manifest = None if job.cut_again is None else job.cut_again.manifest
+    if manifest is None:
+        return
+    if manifest.pipeline_parallel_size > 1 and job.parallel.pipeline_parallel_size == 1:
+        yield (
+            f"{job.checkpoint.name} has {manifest.pipeline_parallel_size} pipeline stages, and the "
+            "output has one, for want of --pipeline-parallel-size"
+        )
+    if manifest.expert_parallel and not job.parallel.expert_parallel:
+        yield (
+            f"{job.checkpoint.name} has whole experts on each rank, and the output has slices of "
+            "all, for want of --enable-expert-parallel"
+        )
 
 
 def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> dict[str, Any]:
@@ -168,24 +188,35 @@ def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> N
     page = console()
     verb = "would write" if dry_run else "wrote"
     ranks, size = len(job.ranks), job.parallel.world_size
+    files = "1 file" if len(job.parts) == 1 else f"{len(job.parts)} files"
     summary = (
-        f"{verb} {len(job.parts)} files, {format_bytes(job.output_bytes)}, for {ranks} "
+        f"{verb} {files}, {format_bytes(job.output_bytes)}, for {ranks} "
         f"{f'of {size} ' if ranks < size else ''}rank{'s' if size > 1 else ''} to {out}"
     )
     page.print(table)
-    page.print(Text(summary))
+    page.print(Text(summary), soft_wrap=True)
     if missing:
         page.print(Text(f"not whole yet; missing ranks: {show_ranks(missing)}"))
-    elif job.layout.name.startswith("vllm"):
-        stages = job.parallel.pipeline_parallel_size
-        flags = "--load-format sharded_state"
-        flags += f" --tensor-parallel-size {job.parallel.tensor_parallel_size}"
-        flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
-        flags += " --enable-expert-parallel" if job.parallel.expert_parallel else ""
-        if dry_run:
-            page.print(Text(f"vLLM {show_versions(job.layout)} would load it with {flags}"))
-        else:
-            page.print(Text(f"next: vllm serve {out} {flags}"))
-    elif job.layout.name.startswith("sglang") and not dry_run:
-        flags = f"--load-format sharded_state --tp-size {job.parallel.tensor_parallel_size}"
-        page.print(Text(f"next: python -m sglang.launch_server --model-path {out} {flags}"))
+    elif dry_run and job.layout.name.startswith("vllm"):
+        flags = served_with(job.parallel)
+        text = f"vLLM {show_versions(job.layout)} would load it with {flags}"
+        page.print(Text(text), soft_wrap=True)
+    elif not dry_run and (command := _next(job, out)) is not None:
+        page.print(Text(f"next: {command}"), soft_wrap=True)
+
+
+def _next(job: ShardJob, out: str) -> str | None:
+    """The command that loads what was written, if an engine can read it where it is."""
+    engine, size = job.layout.name.partition("-")[0], job.parallel.tensor_parallel_size
+    if is_remote(out):
+        if engine != "vllm" or not out.startswith("s3://"):
+            return None
+        # `sharded_state` reads local files only.
+        return f"vllm serve {out} {served_with(job.parallel, 'runai_streamer_sharded')}"
+    path = shlex.quote(out)
+    if engine == "vllm":
+        return served(out, job.parallel)
+    if engine == "sglang":
+        server = f"python -m sglang.launch_server --model-path {path}"
+        return f"{server} --load-format sharded_state --tp-size {size}"
+    return f"tightfit run {path}"

@@ -1,11 +1,14 @@
-"""MODEL as an output of `tightfit shard`: its manifest, and the size that it was cut for."""
+"""MODEL as an output of `tightfit shard`: its manifest, and the layout that it was cut for."""
 
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tightfit.errors import UnsupportedModelError
+from tightfit.errors import UnsupportedModelError, UsageError, VerificationError
 
 if TYPE_CHECKING:
+    from tightfit.model.parallel import Parallel
     from tightfit.sharding.manifest import Manifest
 
 
@@ -37,6 +40,63 @@ def tensor_parallel_size(asked: int | None, shards: "Manifest | None", model: st
     return check_tensor_parallel_size(shards, asked, model)
 
 
+def options_of_shards(
+    asked: Mapping[str, Any], shards: "Manifest | None", model: str
+) -> dict[str, Any]:
+    """What `plan` was asked, and what follows from the files.
+
+    Raises:
+        VerificationError: the shards were cut for another layout than was asked for.
+    """
+    size = tensor_parallel_size(asked.get("tensor_parallel_size"), shards, model)
+    found = {**asked, "tensor_parallel_size": size}
+    if shards is None:
+        return found
+    cut = {
+        "pipeline_parallel_size": shards.pipeline_parallel_size,
+        "enable_expert_parallel": shards.expert_parallel,
+    }
+    for name, value in cut.items():
+        if asked.get(name) not in (None, value):
+            raise VerificationError(
+                f"{model} was sharded with {name} = {value}, not {asked[name]}",
+                hint="plan without that option, or shard the model again",
+            )
+        if value != (1 if name == "pipeline_parallel_size" else False):
+            found[name] = value
+    if asked.get("engine") in (None, "vllm") and asked.get("load_format") is None:
+        found["load_format"] = "sharded_state"
+    return found
+
+
+def require_one_layout(axes: Sequence[str], model: str) -> None:
+    """Refuse to sweep over what the files of a sharded model decide.
+
+    Raises:
+        UsageError: one of the axes does.
+    """
+    for axis in axes:
+        name = axis.partition("=")[0].strip().lstrip("-").replace("-", "_")
+        if name in ("tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel"):
+            raise UsageError(
+                f"--sweep {axis}: {model} is sharded, for one layout",
+                hint="sweep over the plain checkpoint",
+            )
+
+
+def served(out: str, layout: "Parallel | Manifest") -> str:
+    """The command by which vLLM serves a directory of rank files."""
+    return f"vllm serve {shlex.quote(out)} {served_with(layout)}"
+
+
+def served_with(layout: "Parallel | Manifest", load_format: str = "sharded_state") -> str:
+    """The flags of that command."""
+    stages = layout.pipeline_parallel_size
+    flags = f"--load-format {load_format} --tensor-parallel-size {layout.tensor_parallel_size}"
+    flags += f" --pipeline-parallel-size {stages}" if stages > 1 else ""
+    return flags + (" --enable-expert-parallel" if layout.expert_parallel else "")
+
+
 def require_runnable(manifest: "Manifest", where: str) -> None:
     """Refuse files that our own runtime cannot serve, which has neither stages nor dealt experts.
 
@@ -44,17 +104,14 @@ def require_runnable(manifest: "Manifest", where: str) -> None:
         UnsupportedModelError: the files are of such a layout.
     """
     size, stages = manifest.tensor_parallel_size, manifest.pipeline_parallel_size
-    flags = f"--load-format sharded_state --tensor-parallel-size {size}"
     if stages > 1:
         why = f"into {stages} pipeline stages"
-        flags += f" --pipeline-parallel-size {stages}"
     elif manifest.expert_parallel:
         why = "with whole experts for each rank"
     else:
         return
-    flags += " --enable-expert-parallel" if manifest.expert_parallel else ""
     raise UnsupportedModelError(
         f"{where} was cut {why}, and the built-in runtime has tensor parallel ranks only",
         hint=f"`tightfit shard {where} OUT2 --tensor-parallel-size {size * stages}` cuts it again "
-        f"for that; or serve it with `vllm serve {where} {flags}`",
+        f"for that; or serve it with `{served(where, manifest)}`",
     )
