@@ -21,6 +21,7 @@ from tightfit.sharding.gather import Gather, copied_bytes, plan
 from tightfit.sharding.manifest import ORIGINALS, cut_fingerprint, source_fingerprint
 from tightfit.sharding.parts import Part, make_part, make_parts, natural
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
+from tightfit.sharding.side_files import copied_side_files
 from tightfit.units import MiB
 
 _KEPT_BYTES = 256 * MiB
@@ -115,6 +116,7 @@ def prepare(
         UnsupportedModelError: the architecture, or its quantization, cannot be sharded yet.
         UsageError: there is no such rank.
     """
+    copied_side_files(checkpoint)
     cut_again = open_rank_files(checkpoint) if checkpoint.is_sharded else None
     if cut_again is None:
         require_weights(checkpoint, "shard")

@@ -6,7 +6,6 @@ Padding and copies are dropped; every tensor has the bytes and the name that it 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -24,7 +23,7 @@ from tightfit.sharding.proof.compare import same_bytes
 from tightfit.sharding.proof.content import differences
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
 from tightfit.sharding.shard import write_parts
-from tightfit.sharding.side_files import config_text, side_files
+from tightfit.sharding.side_files import config_text, copied_side_files
 from tightfit.sharding.stream.source_files import SourceFiles
 
 # transformers refuses files that do not say so.
@@ -62,6 +61,7 @@ def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
             f"{checkpoint.name} is not sharded: there is nothing to merge",
             hint="give a directory that `tightfit shard`, or vLLM's own script, has written",
         )
+    copied_side_files(checkpoint)
     ranks = open_rank_files(checkpoint)
     left_out = ranks.manifest.left_out if ranks.manifest is not None else {}
     names = {**ranks.sources, **ranks.originals}
@@ -107,16 +107,15 @@ def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = 
     """
     checkpoint = job.checkpoint
     with (
-        MergeOutput(directory, job, resume=resume) as output,
+        MergeOutput(directory, job, resume=resume, beside=copied_side_files(checkpoint)) as output,
         SourceFiles(checkpoint.source) as files,
     ):
         if output.finished:
             _require_same(job, directory, progress)
             return
+        output.check_side_files()
         write_parts(job, output, files, progress)
-        for name in side_files(checkpoint):
-            size = checkpoint.source.size(name)
-            output.write_side_file(name, size, partial(checkpoint.source.read, name))
+        output.write_side_files()
         output.finish(config_text(checkpoint.config), job.index)
 
 

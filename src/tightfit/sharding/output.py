@@ -8,7 +8,7 @@ say what need not be done again.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,7 @@ from tightfit.sharding.ranks import (
     read_rank_manifest,
 )
 from tightfit.sharding.regular import open_regular
-
-Read = Callable[[int, int], bytes]
-"""Gives the bytes of a file from one place to another."""
+from tightfit.sharding.side_files import SideFile
 
 _BLOCK_BYTES = 2**23
 
@@ -43,7 +41,8 @@ class ShardOutput:
     """A directory of rank files, as one call sees it.
 
     On entering, `whole` is the manifest of a directory in which nothing is left to do, and `ranks`
-    are those that this call writes. Use `open`, `note` and `commit` in this order.
+    are those that this call writes. `beside` are the side files, which calls with some of the ranks
+    may leave alone in the directory. Use `open`, `note` and `commit` in this order.
 
     Raises:
         OutputError: on entering, if the directory holds something else, or another process writes
@@ -51,8 +50,9 @@ class ShardOutput:
         VerificationError: what is there already is damaged.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool) -> None:
+    def __init__(self, path: Path, job: Job, *, resume: bool, beside: Iterable[SideFile]) -> None:
         self.path, self._job, self._resume = path, job, resume
+        self._beside = tuple(beside)
         self.whole: Manifest | None = None
         self.ranks: tuple[int, ...] = ()
         self.proven: dict[tuple[str, str], str] = {}
@@ -171,25 +171,41 @@ class ShardOutput:
         """A tensor is complete."""
         self._journals[part.rank.rank].note(part.name, tensor, checksum)
 
-    def write_side_file(self, name: str, size: int, read: Read) -> None:
-        """Write a file that all ranks share, whoever comes first.
+    def check_side_files(self) -> None:
+        """What all ranks share, and another call may have written, has to be the same.
 
         Raises:
-            OutputError: there is another one of that name.
+            OutputError: there is another file of that name.
         """
-        final = self.path / name
-        with self._errors(final, size):
-            with suppress(FileNotFoundError), open(open_regular(final), "rb") as file:
-                same = os.fstat(file.fileno()).st_size == size and all(
-                    file.read(stop - start) == read(start, stop) for start, stop in _blocks(size)
+        for one in self._beside:
+            self._has(one)
+
+    def write_side_files(self) -> None:
+        """Write those that are not there yet; raises as `check_side_files`."""
+        for one in self._beside:
+            with self._errors(self.path / one.name, one.nbytes):
+                if not self._has(one):
+                    blocks = (one.read(start, stop) for start, stop in _blocks(one.nbytes))
+                    self._write(self.path / one.name, blocks)
+
+    def _has(self, one: SideFile) -> bool:
+        final = self.path / one.name
+        with self._errors(final, one.nbytes):
+            try:
+                file = open(open_regular(final), "rb")  # noqa: SIM115
+            except FileNotFoundError:
+                return False
+            with file:
+                same = os.fstat(file.fileno()).st_size == one.nbytes and all(
+                    file.read(stop - start) == one.read(start, stop)
+                    for start, stop in _blocks(one.nbytes)
                 )
-                if same:
-                    return
+            if not same:
                 raise OutputError(
                     f"{final} is there already, and differs from the source's",
                     hint="give a new directory",
                 )
-            self._write(final, (read(start, stop) for start, stop in _blocks(size)))
+        return True
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Bring everything to disk and give it its names; `manifest` is of the ranks of the job.
@@ -269,6 +285,9 @@ class ShardOutput:
 
     def _check_there(self, names: set[str]) -> None:
         """Go on only in a directory that is the beginning of this very job."""
+        if names <= {one.name for one in self._beside}:
+            self.check_side_files()
+            return
         check_there(
             str(self.path),
             names,

@@ -3,7 +3,6 @@
 import resource
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tightfit.sharding.parts import Part, Placed
 from tightfit.sharding.progress import Progress as Progress
 from tightfit.sharding.progress import checksum as checksum
 from tightfit.sharding.proof.agreement import check_rank_files
-from tightfit.sharding.side_files import config_text, side_files
+from tightfit.sharding.side_files import SideFile, config_text, copied_side_files
 from tightfit.sharding.spread import spread
 from tightfit.sharding.stream.one_pass import one_pass
 from tightfit.sharding.stream.pending import Pending
@@ -54,16 +53,18 @@ def shard(
         VerificationError: the source is sharded itself, and damaged.
         TaskLostError: workers of the executor died, again and again.
     """
+    beside = _side_files(job)
     with (
-        ShardOutput(directory, job, resume=resume) as output,
+        ShardOutput(directory, job, resume=resume, beside=beside) as output,
         SourceFiles(job.checkpoint.source) as files,
     ):
         if output.whole is not None:
             return output.whole
         if not output.ranks:
             return output.unite(manifest_for(job, output.proven))
+        output.check_side_files()
         checksums = write_parts(job, output, files, progress, executor)
-        _write_side_files(job, output)
+        output.write_side_files()
         return output.commit(manifest_for(job, checksums))
 
 
@@ -180,12 +181,10 @@ def config_to_write(job: ShardJob) -> bytes:
     return config_text(config).encode()
 
 
-def _write_side_files(job: ShardJob, output: ShardOutput) -> None:
-    source = job.checkpoint.source
-    for name in side_files(job.checkpoint):
-        output.write_side_file(name, source.size(name), partial(source.read, name))
+def _side_files(job: ShardJob) -> tuple[SideFile, ...]:
     text = config_to_write(job)
-    output.write_side_file(CONFIG, len(text), lambda start, stop: text[start:stop])
+    config = SideFile(name=CONFIG, nbytes=len(text), read=lambda start, stop: text[start:stop])
+    return (*copied_side_files(job.checkpoint), config)
 
 
 def _allow_files(count: int) -> None:
