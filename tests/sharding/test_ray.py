@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.cli import tightfit
+from support.cli import assert_error, tightfit
 from support.interrupted import digests, write
 from support.spreading import Number, make_job, spread, work
 from tightfit.cli.output import NoProgress
@@ -225,3 +226,13 @@ def test_the_command(cluster: Any, tiny_model: TinyModel, tmp_path: Path) -> Non
     done = tightfit("shard", model, tmp_path / "no", *ray, "nowhere.invalid")
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot use a Ray cluster at nowhere.invalid: ")
+
+
+def test_nobody_answers(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        options = ("-tp", "2", "--executor", "ray", "--ray-address", address)
+        done = tightfit("shard", tiny_model("llama"), tmp_path / "out", *options)
+    assert_error(done, 2, f"cannot use a Ray cluster at {address}: [Errno 111] Connection refused")
+    assert not (tmp_path / "out").exists()

@@ -10,11 +10,11 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,32 +24,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tightfit import __version__, errors
 from tightfit.errors import TaskLostError, TightfitError, UsageError
 from tightfit.executors import Advance
+from tightfit.executors.worker import Board, Report, Reports, make_carry_out
 
 MOST_ATTEMPTS = 4
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 3.0
+_CONNECT_SECONDS = 10.0
 
 _NODES_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """What a task has told: which attempt it is, where it runs, and how many bytes are done."""
-
-    attempt: int = 0
-    node_id: str = ""
-    address: str = ""
-    nbytes: int = 0
-
-    @property
-    def node(self) -> str:
-        return f"{self.address} (node {self.node_id[:8]})"
-
-
-_Reports = dict[int, _Report]
-
-_Answer = tuple[str, Any, int]
-"""`done` and the pickled result; `failed` and an error's class, message and hint; or `stopped`."""
 
 
 class RayExecutor:
@@ -110,8 +92,9 @@ class RayExecutor:
         # A cluster that is started here must not ask or tell anything on our stdout.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address = self._address
+        address = self._address or os.environ.get("RAY_ADDRESS")
         try:
+            _require_listener(address)
             ray.init(
                 address=address,
                 log_to_driver=False,
@@ -119,12 +102,22 @@ class RayExecutor:
                 include_dashboard=False,
             )
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
-            place = address or os.environ.get("RAY_ADDRESS") or "this machine"
             raise UsageError(
-                f"cannot use a Ray cluster at {place}: {_first_line(error)}",
+                f"cannot use a Ray cluster at {address or 'this machine'}: {_first_line(error)}",
                 hint="check --ray-address (host:6379, auto or local), and that both sides have the "
                 "same versions of Python and Ray",
             ) from error
+
+
+def _require_listener(address: str | None) -> None:
+    """Ray itself tries for minutes, and tells of each attempt.
+
+    Raises:
+        OSError: nobody answers at HOST:PORT.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
 class _Run:
@@ -143,19 +136,19 @@ class _Run:
         self._losses = [0] * len(tasks)
         self._shown = [0] * len(tasks)
         self._running: dict[Any, int] = {}
-        self._reports: _Reports = {}
+        self._reports: Reports = {}
         self._dead = _dead_nodes()
         self._nodes_at = time.monotonic()
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._board = (
-            ray.remote(_Board)
+            ray.remote(Board)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
             .remote()
         )
         self._poll = self._board.reports.remote()
         # Once for all tasks, in the object store of each machine.
         self._shared = ray.put(pickle.dumps((work, shared)))
-        self._carry_out = ray.remote(_make_carry_out()).options(
+        self._carry_out = ray.remote(make_carry_out()).options(
             num_cpus=1, max_retries=0, scheduling_strategy="SPREAD"
         )
         for number in range(len(tasks)):
@@ -245,7 +238,7 @@ class _Run:
             else:
                 self._lost(number, "its machine is gone")
 
-    def _report(self, number: int) -> _Report | None:
+    def _report(self, number: int) -> Report | None:
         """What the newest attempt at a task has told."""
         report = self._reports.get(number)
         return report if report and report.attempt == self._attempts[number] else None
@@ -269,88 +262,6 @@ class _Run:
         if nbytes != self._shown[number]:
             self._advance(nbytes - self._shown[number])
             self._shown[number] = nbytes
-
-
-class _Board:
-    """An actor that hears how far each task is, and where, and tells lost ones to stop."""
-
-    def __init__(self) -> None:
-        self._reports: _Reports = {}
-        self._expected: dict[int, int] = {}
-
-    def expect(self, number: int, attempt: int) -> None:
-        self._expected[number] = attempt
-
-    def tell(self, number: int, attempt: int, node_id: str, address: str, nbytes: int) -> bool:
-        if attempt < self._expected.get(number, 0):
-            return False
-        self._reports[number] = _Report(attempt, node_id, address, nbytes)
-        return True
-
-    def reports(self) -> _Reports:
-        return self._reports
-
-
-def _make_carry_out() -> Callable[..., _Answer]:
-    """What the machines run: a function that travels by value, and runs where tightfit is not."""
-
-    def carry_out(
-        shared: bytes, task: bytes, version: str, board: Any, number: int, attempt: int
-    ) -> _Answer:
-        import pickle
-        import time
-
-        import ray
-
-        node_id = ray.get_runtime_context().get_node_id()
-        address = ray.util.get_node_ip_address()
-        node = f"{address} (node {node_id[:8]})"
-
-        class StoppedError(BaseException):
-            pass
-
-        def report(nbytes: int) -> None:
-            # Who is cut off waits here, and who is not wanted any more ends.
-            try:
-                wanted = ray.get(board.tell.remote(number, attempt, node_id, address, nbytes))
-            except ray.exceptions.RayError:
-                wanted = False
-            if not wanted:
-                raise StoppedError
-
-        hint = f"pip install tightfit=={version} on every machine of the cluster"
-        try:
-            import tightfit
-            from tightfit.errors import TightfitError
-
-            if tightfit.__version__ != version:
-                message = f"{node} has tightfit {tightfit.__version__}, and not {version}"
-                return "failed", ("UsageError", message, hint), 0
-            work, common = pickle.loads(shared)
-            one = pickle.loads(task)
-        except ImportError as error:
-            message = f"{node} cannot import what tightfit needs: {error}"
-            return "failed", ("UsageError", message, hint), 0
-        total, told = 0, time.monotonic()
-
-        def advance(nbytes: int) -> None:
-            nonlocal total, told
-            total += nbytes
-            now = time.monotonic()
-            if now - told > 0.2:
-                told = now
-                report(total)
-
-        try:
-            report(0)
-            result = work(common, one, advance)
-        except StoppedError:
-            return "stopped", None, total
-        except TightfitError as error:
-            return "failed", (type(error).__name__, f"{node}: {error.message}", error.hint), total
-        return "done", pickle.dumps(result), total
-
-    return carry_out
 
 
 class _Nowhere(io.TextIOBase):
