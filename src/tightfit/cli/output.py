@@ -21,6 +21,20 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT)
+_FAILING_DISKS = (
+    *_FULL_DISKS,
+    *(
+        errno.EIO,
+        errno.EROFS,
+        errno.EFBIG,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ETIMEDOUT,
+        errno.ESTALE,
+    ),
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -47,18 +61,31 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _discard_stdout()
             raise typer.Exit(ExitCode.OK) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno not in _FAILING_DISKS:
                 raise
-            _discard_stdout()
-            print_error(
-                OutputError(
-                    f"cannot write to the standard output: {error.strerror}",
-                    hint="free some space, or send the output elsewhere",
-                )
-            )
+            print_error(_output_error(error))
             raise typer.Exit(ExitCode.INPUT) from None
 
     return wrapper
+
+
+def _output_error(error: OSError) -> OutputError:
+    """Which output it is: the standard output still holds what it could not write."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_stdout()
+        return OutputError(
+            f"cannot write to the standard output: {error.strerror}",
+            hint="free some space, or send the output elsewhere",
+        )
+    where = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+    return OutputError(
+        f"cannot read or write{where}: {error.strerror}",
+        hint="free some space"
+        if error.errno in _FULL_DISKS
+        else "check the disk, or the network that leads to it, and start again",
+    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import StoredTensor
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.compare import same
-from tightfit.sharding.proof.content import checksum_in, in_threads, in_turn
+from tightfit.sharding.proof.content import InTurn, checksum_in, in_threads
 from tightfit.sharding.rank_files import RankFiles
 from tightfit.sharding.stream.source_files import SourceFiles
 
@@ -42,14 +42,14 @@ def check_rank_files(job: Job, files: SourceFiles, progress: Progress) -> None:
         if key(ranks.files[file.name][tensor.name]) in needed
     ]
     progress.phase("checksums", sum(tensor.nbytes for _, tensor in tensors))
-    advance = in_turn(progress.advance)
+    advance = InTurn(progress.advance)
 
     def good(one: tuple[str, StoredTensor]) -> bool:
         name, tensor = one
         return checksum_in(files, name, tensor.offset, tensor.nbytes, advance) == tensor.xxh3
 
     for (name, tensor), whole in zip(
-        tensors, in_threads(good, tensors, distant=distant), strict=True
+        tensors, in_threads(good, tensors, distant=distant, advance=advance), strict=True
     ):
         if not whole:
             raise VerificationError(

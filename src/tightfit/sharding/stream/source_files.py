@@ -59,13 +59,16 @@ class SourceFiles:
         """Exactly the bytes from `start` to `stop`.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file ends before, or its disk fails.
         """
         fd = self.descriptor(file)
         if fd is None:
             data = self._source.read(file, start, stop)
         else:
-            data = os.pread(fd, stop - start, start)
+            try:
+                data = os.pread(fd, stop - start, start)
+            except OSError as error:
+                raise unreadable(file, error) from error
         if len(data) != stop - start:
             raise ended_early(file, start + len(data))
         return data
@@ -74,16 +77,19 @@ class SourceFiles:
         """Fill buffers one after the other with the bytes from `start`.
 
         Raises:
-            CheckpointError: the file ends before.
+            CheckpointError: the file ends before, or its disk fails.
         """
         fd = self.descriptor(file)
         if fd is None:
             self._fetch(file, batches, start)
             return
-        for buffers, nbytes in batches:
-            if (got := os.preadv(fd, buffers, start)) != nbytes:
-                _read_rest(file, fd, list(buffers), got, start)
-            start += nbytes
+        try:
+            for buffers, nbytes in batches:
+                if (got := os.preadv(fd, buffers, start)) != nbytes:
+                    _read_rest(file, fd, list(buffers), got, start)
+                start += nbytes
+        except OSError as error:
+            raise unreadable(file, error) from error
 
     def _fetch(self, file: str, batches: Iterable[Batch], start: int) -> None:
         """The same from a remote source, in requests that are worth their way."""
@@ -136,6 +142,15 @@ def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
                 written -= len(batch.pop(0))
             if written:
                 batch[0] = batch[0][written:]
+
+
+def unreadable(file: str, error: OSError) -> CheckpointError:
+    """A disk, or the way to it, that fails while a file is read."""
+    return CheckpointError(
+        f"cannot read {file}: {error.strerror}",
+        hint="its disk or the network that leads to it fails; look at the system's log, and try "
+        "again from another copy",
+    )
 
 
 def ended_early(file: str, at: int) -> CheckpointError:
