@@ -52,6 +52,22 @@ class LLM:
         if what == "worker":
             print("(Worker pid=7) ERROR 11-23 KeyError: 'model.norm.weight'", flush=True)
             raise RuntimeError("Engine core initialization failed. See root cause above.")
+        if what == "long":
+            raise ValueError("x" * 2**20)
+        if what == "daemon":
+            # It leaves the process group, and keeps every descriptor.
+            if not os.fork():
+                os.setsid()
+                os.closerange(0, 3)
+                time.sleep(20)
+                os._exit(0)
+        if what == "shm":
+            from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+            path = "/dev/shm/" + _CPUSHMDistributed.make_group_name(None)
+            open(os.environ["FAKE_OTHER"], "w").close()
+            open(path, "w").close()
+            with open(os.environ["FAKE_LOG"] + "-shm", "w") as file:
+                file.write(path)
         if what == "hang":
             time.sleep(600)
         if what == "killed":
@@ -147,6 +163,50 @@ def test_not_loaded(
         load(made(1))
     version = " 0.32.0+cpu" if what != "killed" else ""
     assert e.value.message == f"vLLM{version} does not load {made(1)}: {message}"
+
+
+def test_long_error(fake: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe takes 64 KiB, and is read when the child has ended."""
+    monkeypatch.setenv("FAKE_VLLM", "long")
+    with pytest.raises(VerificationError, match="ValueError: xxx") as e:
+        load(made(1), seconds=30)
+    assert len(e.value.message) < 5000
+
+
+def test_descendant_that_stays(
+    fake: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the pipe open; the answer has come all the same."""
+    monkeypatch.setenv("FAKE_VLLM", "daemon")
+    started = time.monotonic()
+    assert load(made(1), seconds=60).tokens == (4, 5)
+    assert time.monotonic() - started < 15
+
+
+def test_shared_memory_of_another_vllm(
+    fake: Path, made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what bears our own name is removed; another vLLM may begin meanwhile."""
+    communicator = fake.parent / "site/vllm/distributed/device_communicators/cpu_communicator.py"
+    communicator.parent.mkdir(parents=True)
+    communicator.write_text(
+        "class _CPUSHMDistributed:\n"
+        "    @staticmethod\n"
+        "    def make_group_name(communicator):\n"
+        "        return '//-tp:0-[0-1]-cpushm'\n"
+    )
+    monkeypatch.setenv("FAKE_VLLM", "shm")
+    other = Path(f"/dev/shm/another-{os.getpid()}-cpushm_0")
+    monkeypatch.setenv("FAKE_OTHER", str(other))
+    try:
+        assert load(made(2)).ranks == 2
+        assert other.exists()
+        ours = Path(f"{fake}-shm").read_text()
+        assert ours.startswith("/dev/shm/tightfit-")
+        assert ours.endswith("--tp:0-[0-1]-cpushm")
+        assert not Path(ours).exists()
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def test_one_rank_fails(

@@ -23,6 +23,8 @@ from typing import Any
 
 _PROMPT = [1, 2, 3, 5, 7]
 _NEW_TOKENS = 8
+_MOST_ERROR = 4000
+"""Characters; JSON takes at most 12 bytes for one."""
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
@@ -40,6 +42,9 @@ def main() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     answer = _answer(job)
+    # A pipe takes 64 KiB before somebody has to read.
+    if "error" in answer:
+        answer["error"] = answer["error"][:_MOST_ERROR]
     os.write(job["fd"], json.dumps(answer).encode() + b"\n")
     sys.stdout.flush()
     sys.stderr.flush()
@@ -126,7 +131,8 @@ def _forked(job: Answer, size: int) -> Answer:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    before = set(_SHARED.glob("*-cpushm_*"))
+    mine = f"tightfit-{os.getpid()}-"
+    _name_shared_memory(mine)
     context = multiprocessing.get_context("fork")
     readers: list[Any] = []
     ranks = []
@@ -151,9 +157,27 @@ def _forked(job: Answer, size: int) -> Answer:
                 answers.append({"error": f"rank {rank} ended with code {ranks[rank].exitcode}"})
     for process in ranks:
         process.kill()
-    for path in set(_SHARED.glob("*-cpushm_*")) - before:
+    for path in _SHARED.glob(f"{mine}*"):
         path.unlink(missing_ok=True)
     return next((answer for answer in answers if "error" in answer), answers[0])
+
+
+def _name_shared_memory(prefix: str) -> None:
+    """Tell ours from that of another vLLM: with `external_launcher` all have the same names.
+
+    `VLLM_DIST_IDENT` cannot do it: the worker overwrites it (`v1/worker/cpu_worker.py`).
+    """
+    try:
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        theirs = _CPUSHMDistributed.make_group_name
+    except (ImportError, AttributeError):
+        return
+
+    def make_group_name(communicator: Any) -> str:
+        return prefix + str(theirs(communicator)).replace("/", "")
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def _rank(job: Answer, rank: int, size: int, port: int, writer: Any) -> None:

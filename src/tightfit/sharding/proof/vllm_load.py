@@ -195,10 +195,12 @@ def _ask(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         listener.join(5)
-        with os.fdopen(reader, "rb") as file:
+        # Who has left the process group may keep the other end open for ever.
+        os.set_blocking(reader, False)
+        with os.fdopen(reader, "rb", buffering=0) as file:
             data = file.read(2**20)
     try:
-        answer = json.loads(data)
+        answer = json.loads(data or b"")
     except ValueError:
         return None, code
     return answer if isinstance(answer, dict) else None, code
