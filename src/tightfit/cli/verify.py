@@ -1,6 +1,7 @@
 """`tightfit verify`: is a sharded checkpoint whole, and is it what its source holds?"""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +17,8 @@ from tightfit.sharding.proof.vllm_load import PYTHON_VARIABLE, Loaded, load_in_v
 from tightfit.units import format_bytes
 
 _LOADING = "Loading"
+_MOST_PROBLEMS = 20
+"""That are printed: a wrong source differs in every tensor."""
 
 
 @guarded
@@ -82,7 +85,7 @@ def verify(
     manifest = read_manifest(place)
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
     config = open_checkpoint(directory).config
-    source = None if against is None else _open_source(against)
+    source = None if against is None else _open_source(against, directory, config)
     with progress(quiet=quiet) as bars:
         report = check(place, config, bars, source)
     loaded: Loaded | None = None
@@ -117,12 +120,19 @@ def verify(
         raise typer.Exit(ExitCode.FINDING)
 
 
-def _open_source(against: str) -> Checkpoint:
+def _open_source(against: str, directory: str, config: Mapping[str, Any]) -> Checkpoint:
     source = open_checkpoint(against, download=True)
     if source.is_sharded:
         raise CheckpointError(
-            f"{against} is sharded itself, and nothing that can be compared with",
+            f"{against} is sharded itself, and cannot be compared with",
             hint="give the model that was sharded, or a merge (`tightfit merge`)",
+        )
+    there, here = (c.get("architectures") for c in (source.config, config))
+    if there != here:
+        raise VerificationError(
+            f"{against} is another model: its architectures are {there}, and those of {directory} "
+            f"are {here}",
+            hint="give the model that was sharded",
         )
     return source
 
@@ -152,15 +162,21 @@ def _document(directory: str, report: Report) -> dict[str, object]:
 
 
 def _show(directory: str, report: Report, *, asked_to_load: bool) -> None:
-    for problem in report.problems:
+    for problem in report.problems[:_MOST_PROBLEMS]:
         print(f"problem: {one_line(problem)}")
+    if len(report.problems) > _MOST_PROBLEMS:
+        print(f"... and {len(report.problems) - _MOST_PROBLEMS:,} more, which --json has")
     manifest = report.manifest
     if report.ok:
         compared = ", every byte as in its source" if report.compared_with_source else ""
+        files, stages = len(manifest.files), manifest.pipeline_parallel_size
+        cut = f"tensor parallel size {manifest.tensor_parallel_size}"
+        cut += f", {stages} pipeline stages" if stages > 1 else ""
+        cut += ", whole experts on each rank" if manifest.expert_parallel else ""
         print(
-            f"verified: {directory} is whole: {len(manifest.files)} files, {report.tensors:,} "
-            f"tensors, {format_bytes(report.nbytes)}, for tensor parallel size "
-            f"{manifest.tensor_parallel_size} in layout {manifest.layout}{compared}"
+            f"verified: {directory} is whole: {files} file{'s' if files > 1 else ''}, "
+            f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}, for {cut} in layout "
+            f"{manifest.layout}{compared}"
         )
     else:
         count = len(report.problems)

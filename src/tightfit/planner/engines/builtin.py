@@ -56,12 +56,12 @@ class Builtin(Engine):
         if not spec.is_plain:
             raise UnsupportedModelError(
                 f"the builtin runtime cannot execute {spec.architecture}",
-                hint="plan with --engine vllm",
+                hint="serve it with vLLM, and plan it with --engine vllm",
             )
         if spec.quantization is not None:
             raise UnsupportedModelError(
                 "the builtin runtime has no quantized layers",
-                hint="plan with --engine vllm",
+                hint="serve it with vLLM, and plan it with --engine vllm",
             )
         if options.kv_cache_dtype != "auto":
             raise UsageError(
