@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from support.spreading import InProcess
 from support.work import digests, merged, stored, write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
-from tightfit.executors import InProcess
 from tightfit.model.stored import DEFAULT_LAYOUT, stored_layout
 from tightfit.sharding.proof.verify import verify
 from tightfit.sharding.remote.upload import shard_to

@@ -10,10 +10,10 @@ import pytest
 
 from support.cli import assert_error, tightfit
 from support.interrupted import Copied, begin, digests, write
-from support.spreading import make_job
+from support.spreading import InProcess, make_job
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, OutputError, TaskLostError
-from tightfit.executors import Advance, InProcess
+from tightfit.executors import Advance
 from tightfit.sharding import spread
 from tightfit.sharding.shard import shard
 

@@ -4,8 +4,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import LocalSource
@@ -14,6 +16,22 @@ from tightfit.executors import Advance, Executor, open_executor
 from tightfit.model.stored import stored_layout
 from tightfit.sharding.manifest import Manifest
 from tightfit.sharding.shard import ShardJob, prepare, shard
+
+
+class InProcess:
+    """One task after the other, here."""
+
+    def run(
+        self,
+        work: Callable[[Any, Any, Advance], Any],
+        shared: Any,
+        tasks: Sequence[Any],
+        *,
+        done: Callable[[int, Any], None],
+        advance: Advance,
+    ) -> None:
+        for number, task in enumerate(tasks):
+            done(number, work(shared, task, advance))
 
 
 class SlowSource:

@@ -7,7 +7,7 @@ two attempts at a task never write to the same file.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from tightfit.errors import MissingExtraError, UsageError
 
@@ -80,20 +80,3 @@ def open_executor(
 
     with RayExecutor(ray_address, notice) as executor:
         yield executor
-
-
-class InProcess:
-    """One task after the other, here."""
-
-    def run(
-        self,
-        work: Callable[[Any, Any, Advance], Any],
-        shared: Any,
-        tasks: Sequence[Any],
-        *,
-        done: Callable[[int, Any], None],
-        advance: Advance,
-    ) -> None:
-        """Carry out all."""
-        for number, task in enumerate(tasks):
-            done(number, work(shared, task, advance))

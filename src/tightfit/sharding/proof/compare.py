@@ -13,7 +13,8 @@ from tightfit.model.pieces import element
 from tightfit.sharding.copies import Copy, Decay, Turn, copies
 from tightfit.sharding.decay import RATES_OF, decay_rates
 from tightfit.sharding.manifest import StoredTensor
-from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles, turned
+from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles
+from tightfit.sharding.stream.turns import turned
 from tightfit.units import dtype_bytes
 
 Read = Callable[[int, int], bytes]

@@ -41,11 +41,7 @@ def merge_to(
         _check_there(place, names, notes, job, resume=resume)
     place.prepare()
     upload = Upload(job=job, place=place)
-    try:
-        upload.run(names, progress)
-    except KeyboardInterrupt:
-        notice(upload.safe())
-        raise
+    upload.run(names, progress, notice)
     if job.index is not None:
         place.write(INDEX, [job.index.encode()])
     copy_side_files(job.checkpoint, place)

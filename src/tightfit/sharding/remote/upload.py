@@ -77,11 +77,7 @@ def shard_to(
         return manifest
     place.prepare()
     upload = Upload(job=job, place=place)
-    try:
-        upload.run(names, progress)
-    except KeyboardInterrupt:
-        notice(upload.safe())
-        raise
+    upload.run(names, progress, notice)
     copy_side_files(job.checkpoint, place)
     place.write(CONFIG, [config_to_write(job)])
     return _vouch(job, place, upload.checksums)
@@ -96,8 +92,18 @@ class Upload:
     checksums: Checksums = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
-    def run(self, names: Iterable[str], progress: Progress) -> None:
-        """Send all parts but what is proven to be there; `names` are of files that are there."""
+    def run(self, names: Iterable[str], progress: Progress, notice: Callable[[str], None]) -> None:
+        """Send all parts but what is proven to be there; `names` are of files that are there.
+
+        `notice` is told what an interruption leaves.
+        """
+        try:
+            self._run(names, progress)
+        except KeyboardInterrupt:
+            notice(self.safe())
+            raise
+
+    def _run(self, names: Iterable[str], progress: Progress) -> None:
         job, source = self.job, self.job.checkpoint.source
         works = plan_parts(job)
         files = sorted({file for work in works for file in work.sources})

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
-from tightfit.sharding.stream.turns import turned as turned
 
 BUFFER_BYTES = 2**23
 _MOST_BUFFERS = min(os.sysconf("SC_IOV_MAX") if "SC_IOV_MAX" in os.sysconf_names else 16, 1024)

@@ -14,7 +14,7 @@ from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
 from tightfit.sharding.decay import decay_rates
 from tightfit.sharding.gather import Gather
 from tightfit.sharding.parts import Part
-from tightfit.sharding.stream.source_files import turned
+from tightfit.sharding.stream.turns import turned
 from tightfit.units import dtype_bytes
 
 READ_BYTES = 2**21
