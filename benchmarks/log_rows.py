@@ -1,5 +1,6 @@
 """Rows of public start-up logs as options of a plan, with what has to be assumed for them."""
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -180,7 +181,8 @@ def options_of(row: Mapping[str, Any], device: Device, version: str | None = Non
         "kv_cache_dtype": row.get("kv_cache_dtype") or "auto",
         "block_size": row.get("block_size"),
         "enforce_eager": bool(row.get("enforce_eager")),
-        "limit_mm_per_prompt": row.get("limit_mm_per_prompt") or {},
+        # As Python writes it, in the log.
+        "limit_mm_per_prompt": ast.literal_eval(row.get("limit_mm_per_prompt") or "{}"),
         "language_model_only": bool(row.get("language_model_only")),
     }
     if row.get("enable_prefix_caching") in ("True", "False"):
