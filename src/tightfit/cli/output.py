@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -34,6 +35,8 @@ _FAILING_DISKS = (
         errno.ESTALE,
     ),
 )
+
+_PRINTING = ("cli", "rich", "json")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,10 +73,8 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _output_error(error: OSError) -> OutputError:
-    """Which output it is: the standard output still holds what it could not write."""
-    try:
-        sys.stdout.flush()
-    except OSError:
+    """Which output it is: a file has a name, or other modules write it than those that print."""
+    if not error.filename and _raised_by(error).split(".")[0] in _PRINTING:
         _discard_stdout()
         return OutputError(
             f"cannot write to the standard output: {error.strerror}",
@@ -86,6 +87,13 @@ def _output_error(error: OSError) -> OutputError:
         if error.errno in _FULL_DISKS
         else "check the disk, or the network that leads to it, and start again",
     )
+
+
+def _raised_by(error: BaseException) -> str:
+    """The module in which an error arose; `cli` for those of this package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = str(frame.f_globals.get("__name__"))
+    return name.removeprefix("tightfit.") if name.startswith("tightfit.cli.") else name
 
 
 @contextmanager
