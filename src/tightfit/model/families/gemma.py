@@ -66,8 +66,7 @@ def spec(config: Config) -> ModelSpec:
         norm_style=NormStyle.SANDWICH,
         norm_unit_offset=True,
         has_lm_head_module=third,
-        every_stage_has_ends=third,
-        every_stage_has_norm=True,
+        every_stage_has_ends=True,
         embedding_scale=math.sqrt(hidden_size),
         logits_softcap=None
         if caps is None
@@ -103,6 +102,7 @@ def _first(config: Config) -> ModelSpec:
         decoder.uniform(config, attention, mlp),
         default_tied=True,
         norm_unit_offset=True,
+        every_stage_has_ends=True,
         embedding_scale=math.sqrt(config.integer("hidden_size")),
         max_position_embeddings=config.integer("max_position_embeddings", default=8192),
     )
