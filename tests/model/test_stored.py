@@ -100,7 +100,7 @@ def test_a_dense_layer_among_experts() -> None:
     [
         ("Llama-3.1-8B", {EMBEDDING}, set(), {NORM, HEAD}),
         ("SmolLM2-135M", {EMBEDDING}, set(), {NORM, HEAD}),
-        ("gemma-2-2b-it", {EMBEDDING, NORM}, {NORM}, {NORM, EMBEDDING}),
+        ("gemma-2-2b-it", {EMBEDDING, NORM}, {EMBEDDING, NORM}, {EMBEDDING, NORM}),
         ("Mixtral-8x7B-v0.1", UNTIED, UNTIED, UNTIED),
         ("gpt-oss-20b-BF16", GPT_OSS, GPT_OSS, GPT_OSS),
         ("Qwen3-Next-80B-A3B-Thinking", {EMBEDDING, HEAD}, {EMBEDDING, HEAD}, UNTIED),
