@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from support.interrupted import Copied, begin, digests, write
 from support.spreading import InProcess, make_job
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, OutputError, TaskLostError
-from tightfit.executors import Advance
 from tightfit.sharding import spread
 from tightfit.sharding.shard import shard
 
@@ -31,21 +30,7 @@ class Disturbed(InProcess):
     """Does something to each attempt before its result arrives."""
 
     def __init__(self, disturb: Callable[[int, Any], None]) -> None:
-        self.disturb = disturb
-
-    def run(
-        self,
-        work: Callable[[Any, Any, Advance], Any],
-        shared: Any,
-        tasks: Sequence[Any],
-        *,
-        done: Callable[[int, Any], None],
-        advance: Advance,
-    ) -> None:
-        for number, task in enumerate(tasks):
-            result = work(shared, task, advance)
-            self.disturb(number, task)
-            done(number, result)
+        self.before_done = disturb  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "jamba", "gpt2"])

@@ -31,7 +31,12 @@ class InProcess:
         advance: Advance,
     ) -> None:
         for number, task in enumerate(tasks):
-            done(number, work(shared, task, advance))
+            result = work(shared, task, advance)
+            self.before_done(number, task)
+            done(number, result)
+
+    def before_done(self, number: int, task: Any) -> None:
+        """For tests that disturb."""
 
 
 class SlowSource:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from tightfit.checkpoint.remote_source import FsspecSource
 from tightfit.checkpoint.source import safe_name
-from tightfit.errors import OutputError, TightfitError
+from tightfit.checkpoint.store import Trouble, told
+from tightfit.errors import OutputError
 
 BLOCK_BYTES = 5 * 2**20
 _MOST_BLOCKS = 9_000
@@ -119,21 +120,16 @@ class RemoteDirectory:
     @contextmanager
     def errors(self, name: str, safe: Callable[[], str] | None = None) -> Iterator[None]:
         """Turn errors of the store into one line; `safe` says what is there already."""
-        from tightfit.checkpoint.store import diagnose, missing_package
 
-        try:
-            yield
-        except TightfitError:
-            raise
-        except ImportError as e:
-            raise missing_package(self.label, e) from e
-        except Exception as e:
-            trouble = diagnose(e)
+        def tell(error: Exception, trouble: Trouble) -> OutputError:
             reason = trouble.reason
-            if isinstance(e, NotImplementedError):
+            if isinstance(error, NotImplementedError):
                 reason = f"{self._protocol}:// is for reading only"
             hint = trouble.hint if safe is None else f"{trouble.hint}; {safe()}"
-            raise OutputError(f"cannot write {name!r} to {self.label}: {reason}", hint=hint) from e
+            return OutputError(f"cannot write {name!r} to {self.label}: {reason}", hint=hint)
+
+        with told(self.label, tell):
+            yield
 
     def _join(self, name: str) -> str:
         return f"{self._root}/{safe_name(name, self.label)}"

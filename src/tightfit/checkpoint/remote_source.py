@@ -1,7 +1,7 @@
 """Checkpoints that are elsewhere: on anything that fsspec can open, range by range."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -10,12 +10,13 @@ from tightfit.checkpoint.store import (
     ATTEMPTS,
     RangesIgnoredError,
     ShortReadError,
+    Trouble,
     diagnose,
-    missing_package,
     open_store,
     retrying,
+    told,
 )
-from tightfit.errors import CheckpointError, TightfitError
+from tightfit.errors import CheckpointError
 
 _RANGE_BYTES = 2**21
 _AT_A_TIME = 8
@@ -214,23 +215,17 @@ class FsspecSource:
             hint="check the address for typing mistakes",
         )
 
-    @contextmanager
-    def _errors(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except TightfitError:
-            raise
-        except ImportError as e:
-            raise missing_package(self.label, e) from e
-        except Exception as e:
-            trouble = diagnose(e)
+    def _errors(self, path: str) -> AbstractContextManager[None]:
+        def tell(_: Exception, trouble: Trouble) -> CheckpointError:
             if trouble.kind == "missing":
-                raise self._no_file(path) from e
+                return self._no_file(path)
             tried = f", {ATTEMPTS} times in a row" if trouble.transient else ""
-            raise CheckpointError(
+            return CheckpointError(
                 f"cannot read {path!r} in {self.label}: {trouble.reason}{tried}",
                 hint=trouble.hint,
-            ) from e
+            )
+
+        return told(self.label, tell)
 
 
 def by_ranges(fetch: Callable[[int, int], bytes], start: int, stop: int) -> bytes:

@@ -7,6 +7,7 @@ aiohttp, google.auth, azure.core) have neither a common base nor a common place 
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -238,3 +239,21 @@ def _http_options() -> dict[str, Any]:
 
     # No limit in total, which long reads over slow lines need; a silent server is no use.
     return {"timeout": ClientTimeout(total=None, sock_connect=15, sock_read=60)}
+
+
+@contextmanager
+def told(label: str, tell: Callable[[Exception, Trouble], TightfitError]) -> Iterator[None]:
+    """Turn what a store's library raises into an error that `tell` makes of it.
+
+    Raises:
+        TightfitError: that one, or one that was raised inside already.
+        MissingExtraError: the library is not installed.
+    """
+    try:
+        yield
+    except TightfitError:
+        raise
+    except ImportError as e:
+        raise missing_package(label, e) from e
+    except Exception as e:
+        raise tell(e, diagnose(e)) from e
