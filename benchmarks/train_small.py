@@ -16,7 +16,6 @@ library) and the test text (`pydoc_data.topics`, which is never read for the oth
 import argparse
 import ast
 import hashlib
-import json
 import lzma
 import math
 import random
@@ -78,11 +77,11 @@ def paragraphs(text: str) -> Iterator[str]:
     """What reads like English, of 60 to 4000 characters."""
     for paragraph in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
         cleaned = "\n".join(line.rstrip() for line in paragraph.splitlines()).strip("\n")
-        plain = sum(c.isascii() and (c.isalpha() or c in " ,.\n") for c in cleaned)
-        if 60 <= len(cleaned) <= 4000 and plain > 0.85 * len(cleaned) and " the " in f" {cleaned} ":
-            yield cleaned
-        elif 60 <= len(cleaned) <= 4000 and plain > 0.9 * len(cleaned) and cleaned.count(" ") > 7:
-            yield cleaned
+        if 60 <= len(cleaned) <= 4000:
+            plain = sum(c.isascii() and (c.isalpha() or c in " ,.\n") for c in cleaned)
+            needed = 0.85 if " the " in cleaned else 0.9
+            if plain > needed * len(cleaned) and cleaned.count(" ") > 7:
+                yield cleaned
 
 
 def _key(paragraph: str) -> bytes:
