@@ -12,7 +12,7 @@ import typer
 from tightfit import __version__
 from tightfit.cli.arguments import like_vllm
 
-COMMANDS = ("plan", "shard", "verify", "merge", "run", "demo")
+COMMANDS = ("plan", "shard", "verify", "merge", "quantize", "run", "demo")
 
 _HELP = "Plan the memory of a language model, prepare its checkpoint, prove that it fits."
 

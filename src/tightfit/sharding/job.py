@@ -1,7 +1,7 @@
 """Everything about a sharding job before the first byte is read: what goes where, and how."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tightfit import __version__
@@ -47,6 +47,8 @@ class Job:
     cut_again: RankFiles | None = None
     source_fingerprint: str
     cut_fingerprint: str
+    bundles: Mapping[str, str] = field(default_factory=dict)
+    """Source tensors that are best read at the same time, as they are computed together."""
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -3,7 +3,6 @@
 Padding and copies are dropped; every tensor has the bytes and the name that it had in the source.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,13 @@ from pathlib import Path
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.source import LocalSource
 from tightfit.errors import CheckpointError, OutputError
-from tightfit.model.layout import Parallel, Piece, Rank, RankTensor
+from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.gather import plan
-from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint
-from tightfit.sharding.merge_output import MergeOutput
-from tightfit.sharding.parts import Part, fill, make_part, natural
+from tightfit.sharding.parts import Part, natural
+from tightfit.sharding.plain import PlainJob, plain_parts
+from tightfit.sharding.plain_output import PlainOutput
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.compare import same_bytes
 from tightfit.sharding.proof.content import differences
@@ -26,12 +25,9 @@ from tightfit.sharding.shard import write_parts
 from tightfit.sharding.side_files import config_text, copied_side_files
 from tightfit.sharding.stream.source_files import SourceFiles
 
-# transformers refuses files that do not say so.
-_METADATA = {"format": "pt"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeJob(Job):
+class MergeJob(PlainJob):
     """Everything about a merge before the first weight is read: one rank, of all the others.
 
     `twins` are tensors of the source that are stored only as others, of which they are copies.
@@ -41,11 +37,6 @@ class MergeJob(Job):
     rank_files: RankFiles
     twins: Mapping[str, str]
     not_returned: tuple[str, ...]
-
-    @property
-    def index(self) -> str | None:
-        """What says which tensor is in which file, if they are several."""
-        return _index(self.parts) if len(self.parts) > 1 else None
 
 
 def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
@@ -68,11 +59,7 @@ def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
     tensors = [_whole(name, name, ranks) for name in names]
     tensors += [_whole(name, twin, ranks) for name, twin in left_out.items() if twin is not None]
     tensors.sort(key=lambda tensor: natural(tensor.name))
-    groups = fill(tensors, max_shard_bytes)
-    parts = tuple(
-        make_part(_file_name(number, len(groups)), Rank(), members, metadata=_METADATA)
-        for number, members in enumerate(groups)
-    )
+    parts = plain_parts(tensors, max_shard_bytes)
     copies, gathers = plan([_as_seen(part, ranks, left_out) for part in parts], ranks.infos)
     manifest = ranks.manifest
     return MergeJob(
@@ -107,7 +94,7 @@ def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = 
     """
     checkpoint = job.checkpoint
     with (
-        MergeOutput(directory, job, resume=resume, beside=copied_side_files(checkpoint)) as output,
+        PlainOutput(directory, job, resume=resume, beside=copied_side_files(checkpoint)) as output,
         SourceFiles(checkpoint.source) as files,
     ):
         if output.finished:
@@ -185,18 +172,3 @@ def _as_seen(part: Part, ranks: RankFiles, twins: Mapping[str, str | None]) -> P
         shape = one.tensor.shape if view is None else view
         placed.append(replace(one, tensor=replace(one.tensor, shape=shape)))
     return replace(part, placed=tuple(placed))
-
-
-def _file_name(number: int, count: int) -> str:
-    if count == 1:
-        return "model.safetensors"
-    return f"model-{number + 1:05}-of-{count:05}.safetensors"
-
-
-def _index(parts: tuple[Part, ...]) -> str:
-    placed = [(one.tensor, part.name) for part in parts for one in part.placed]
-    document = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor, _ in placed)},
-        "weight_map": {tensor.name: file for tensor, file in placed},
-    }
-    return json.dumps(document, indent=2, sort_keys=True) + "\n"

@@ -97,7 +97,7 @@ def write_parts(
     opened = {part.name: output.open(part) for part in output.todo()}
     targets = [opened[p.name][0] if p.name in opened else -1 for p in job.parts]
     checksums |= _prove(job.parts, targets, noted, progress)
-    pending = Pending(job.parts, job.copies, job.gathers, checksums.keys())
+    pending = Pending(job.parts, job.copies, job.gathers, checksums.keys(), job.bundles)
     for part in output.todo():
         write_all(opened[part.name][0], [memoryview(part.header)], 0)
     for number, one in pending.unproven():

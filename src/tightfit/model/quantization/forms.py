@@ -62,7 +62,18 @@ def stored(weight: Weight, forms: Forms) -> Iterator[Weight]:
     Raises:
         LayoutError: groups or words do not divide the weight.
     """
-    return (_tensor(weight, form) for form in forms if form.stored and _applies(form, weight))
+    return (tensor for _, tensor in stored_forms(weight, forms))
+
+
+def stored_forms(weight: Weight, forms: Forms) -> Iterator[tuple[Form, Weight]]:
+    """The same, each with its form.
+
+    Raises:
+        LayoutError: groups or words do not divide the weight.
+    """
+    for form in forms:
+        if form.stored and _applies(form, weight):
+            yield form, _tensor(weight, form)
 
 
 def loaded(weight: Weight, forms: Forms) -> Iterator[Weight]:

@@ -6,26 +6,17 @@ and the checkpoint stays as it is. The names of `tightfit quantize` describe a c
 would write, in the compressed-tensors format.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from tightfit.errors import UsageError
-from tightfit.model.blocks.base import Place
-from tightfit.model.cache import StateCache
-from tightfit.model.layout import Parallel, Rank, Weight
-from tightfit.model.quantization import compressed_tensors, schemes
+from tightfit.model.layout import Parallel, Weight
+from tightfit.model.quantization import schemes
 from tightfit.model.quantization.base import Quantization
 from tightfit.model.quantization.forms import Form, Forms
-from tightfit.model.quantization.matching import Names
 from tightfit.model.quantization.recipe import Recipe, Rule
+from tightfit.model.quantization.written import SCHEMES, Choice, Wish, written
 from tightfit.model.spec import ModelSpec
-
-GROUP_SIZE = 128
-"""Inputs that share a scale in integer schemes for weights alone, unless the user says otherwise.
-
-That is compressed-tensors' presets' as well.
-"""
-
 
 _VALUES = Form(kind="weight", dtype=schemes.FP8)
 _ONE = Form(kind="weight_scale", dtype="F32", rows=0, columns=None, shared=True)
@@ -63,29 +54,6 @@ ONLINE: Mapping[str, _Online] = {
 }
 """vLLM's names, except those that mean the same as a scheme of `quantize`."""
 
-
-def _group(size: int | None) -> int | None:
-    return GROUP_SIZE if size is None else size if size > 0 else None
-
-
-_Maker = Callable[[int | None], Forms]
-
-SCHEMES: Mapping[str, _Maker] = {
-    "fp8-tensor": lambda _: schemes.per_tensor(schemes.FP8, static=False, scale_dtype=None),
-    "fp8-channel": lambda _: schemes.per_channel(schemes.FP8, static=False),
-    "fp8-block": lambda _: schemes.fp8_block(128, 128, scale="weight_scale", dtype=None),
-    "int8": lambda _: schemes.per_channel("I8", static=False),
-    "w8a16": lambda size: schemes.pack_quantized(8, _group(size), symmetric=True),
-    "w4a16": lambda size: schemes.pack_quantized(4, _group(size), symmetric=True),
-    "w4a16-asym": lambda size: schemes.pack_quantized(4, _group(size), symmetric=False),
-    "nvfp4": lambda _: schemes.nvfp4(activations=True),
-    "nvfp4a16": lambda _: schemes.nvfp4(activations=False),
-    "mxfp4": lambda _: schemes.mxfp4(),
-    "mxfp8": lambda _: schemes.mxfp8(),
-}
-"""The schemes of `quantize`: the group size, None for the default, -> what stands for a weight."""
-
-_GROUPED = ("w8a16", "w4a16", "w4a16-asym")
 
 # What a checkpoint's method is called when a user names it as well.
 _METHODS: Mapping[str, tuple[str, ...]] = {
@@ -158,11 +126,6 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
             f"{spec.quantization.name}",
             hint="leave --quantization out, or give the unquantized model",
         )
-    if group_size is not None and (scheme not in _GROUPED or group_size < -1 or not group_size):
-        raise UsageError(
-            f"a group size of {group_size} with --quantization {scheme}",
-            hint=f"a size, or -1 for whole rows, belongs to {', '.join(_GROUPED)}",
-        )
     if scheme in ONLINE:
         online = ONLINE[scheme]
         recipe = Recipe(
@@ -173,37 +136,10 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
             padded_experts=online.padded_experts,
         )
         return replace(spec, quantization=OnlineQuantization(recipe=recipe))
-    return replace(spec, quantization=scheme_recipe(spec, scheme, group_size=group_size))
-
-
-def scheme_recipe(spec: ModelSpec, scheme: str, *, group_size: int | None = None) -> Recipe:
-    """What `quantize --scheme SCHEME` writes for a model.
-
-    Raises:
-        UsageError: no such scheme.
-    """
     if scheme not in SCHEMES:
         raise UsageError(
             f"unknown --quantization {scheme!r}",
             hint="vLLM's: " + ", ".join(ONLINE) + "; of checkpoints: " + ", ".join(SCHEMES),
         )
-    return Recipe(
-        name=scheme,
-        rules=(Rule(forms=SCHEMES[scheme](group_size), everything=True),),
-        ignored=Names(exact=_kept(spec)),
-        layers_only=True,
-        placeholders=compressed_tensors.PLACEHOLDERS,
-    )
-
-
-def _kept(spec: ModelSpec) -> Iterator[str]:
-    """Modules of mixers that keep a state, and of a layer's extras."""
-    for i, layer in enumerate(spec.layers):
-        place = Place(prefix=f"{spec.names.layers}.{i}", where=i, hidden_size=spec.hidden_size)
-        states = (
-            m for m in layer.mixers if any(isinstance(c, StateCache) for c in m.caches(Rank()))
-        )
-        for block in (*states, *layer.extras):
-            for weight in block.weights(place):
-                for part in weight.parts:
-                    yield part.source.removesuffix(".weight").replace("{expert}", "0")
+    wish = Wish(default=Choice(scheme=scheme, group_size=group_size))
+    return replace(spec, quantization=written(spec, wish))

@@ -150,17 +150,21 @@ class Recipe(Quantization):
         return next((rule.forms for rule in self.rules if rule.everything), None)
 
     def _split(self, weight: Weight) -> Weight:
-        """A weight of stacked experts as if each had tensors of its own."""
-        if not (self.splits_experts and weight.stacked):
-            return weight
-        module, _, _ = weight.parts[0].source.rpartition(".")
-        gated = ("gate_proj", "up_proj") if len(weight.parts) > 1 else ("up_proj",)
-        names = gated if weight.name.endswith("w13_weight") else ("down_proj",)
-        parts = tuple(
-            replace(part, source=f"{module}.{{expert}}.{name}.weight", first_row=0, source_rows=0)
-            for part, name in zip(weight.parts, names, strict=True)
-        )
-        return replace(weight, parts=parts, stacked=False, transposed=False)
+        return split_experts(weight) if self.splits_experts else weight
+
+
+def split_experts(weight: Weight) -> Weight:
+    """A weight of stacked experts as if each had tensors of its own."""
+    if not weight.stacked:
+        return weight
+    module, _, _ = weight.parts[0].source.rpartition(".")
+    gated = ("gate_proj", "up_proj") if len(weight.parts) > 1 else ("up_proj",)
+    names = gated if weight.name.endswith("w13_weight") else ("down_proj",)
+    parts = tuple(
+        replace(part, source=f"{module}.{{expert}}.{name}.weight", first_row=0, source_rows=0)
+        for part, name in zip(weight.parts, names, strict=True)
+    )
+    return replace(weight, parts=parts, stacked=False, transposed=False)
 
 
 _FUSED = ".qkv_proj.weight"

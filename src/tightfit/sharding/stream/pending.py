@@ -2,8 +2,9 @@
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from tightfit.sharding.copies import Copy, Decay, TensorCopies, Turn
 from tightfit.sharding.gather import Gather
@@ -38,7 +39,9 @@ class Pending:
         copies: Iterable[TensorCopies],
         gathers: Iterable[Gather],
         proven: Collection[tuple[str, str]],
+        bundles: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        self._bundles = bundles
         self._parts = parts
         self._starts = [[one.offset for one in part.placed] for part in parts]
         self._proven = {
@@ -85,7 +88,7 @@ class Pending:
         Within a task units are in the order in which they fill their tensors.
         """
         units: list[Unit] = [*self.copies, *self.gathers]
-        first: dict[Key, int] = {}
+        first: dict[Key | str, int] = {}
         parent = list(range(len(units)))
 
         def root(i: int) -> int:
@@ -95,7 +98,8 @@ class Pending:
 
         touched = [sorted(self._touched(unit)) for unit in units]
         for i, keys in enumerate(touched):
-            for key in keys:
+            tied: list[Key | str] = [*keys, *self._bundle(units[i])]
+            for key in tied:
                 parent[root(i)] = root(first.setdefault(key, i))
         found: defaultdict[int, list[int]] = defaultdict(list)
         for i in range(len(units)):
@@ -106,6 +110,11 @@ class Pending:
             filled = dict.fromkeys(key for i in members for key in touched[i])
             tasks.append(Task(units=tuple(units[i] for i in members), keys=tuple(filled)))
         return tuple(sorted(tasks, key=lambda task: -task.nbytes))
+
+    def _bundle(self, unit: Unit) -> tuple[str, ...]:
+        if isinstance(unit, Gather) or unit.source.name not in self._bundles:
+            return ()
+        return (self._bundles[unit.source.name],)
 
     def _touched(self, unit: Unit) -> set[Key]:
         if isinstance(unit, Gather):

@@ -1,40 +1,50 @@
-"""The directory that a merge writes to: nothing in it loads until everything is proven.
+"""The directory of a plain checkpoint: nothing in it loads until everything is proven.
 
-It has no manifest to vouch for it. Its config comes last, without which no engine reads anything,
+Engines look for no manifest in it. Its config comes last, without which no engine reads anything,
 and its journal goes after that: a directory with a journal is an unfinished one.
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.errors import OutputError
 from tightfit.sharding.output import ShardOutput
+from tightfit.sharding.plain import PlainJob
 from tightfit.sharding.ranks import read_job
-from tightfit.sharding.side_files import side_files
-
-JOURNAL = "tightfit-merge.journal"
+from tightfit.sharding.side_files import SideFile, side_files
 
 
-class MergeOutput(ShardOutput):
+class PlainOutput(ShardOutput):
     """A directory of a plain checkpoint.
 
-    On entering, `finished` says that all files of this merge are there, and no journal: whether
+    On entering, `finished` says that all files of this job are there, and no journal: whether
     they hold what they should is yet to be seen. Use `open`, `note` and `finish` in this order.
     """
 
     finished = False
 
+    def __init__(
+        self, path: Path, job: PlainJob, *, resume: bool, beside: Iterable[SideFile]
+    ) -> None:
+        super().__init__(path, job, resume=resume, beside=beside)
+        self._verb = job.verb
+        self._journal, self._manifest = f"tightfit-{job.verb}.journal", job.manifest_name
+
     def journal_name(self, rank: int) -> str:
         """Where what is complete is noted."""
-        return JOURNAL
+        return self._journal
 
-    def finish(self, config: str, index: str | None) -> None:
+    def finish(self, config: str, index: str | None, manifest: bytes | None = None) -> None:
         """Bring everything to disk and give it its names, the config at last."""
         with self._errors(self.path, 0):
             self._name_parts()
             if index is not None:
                 self._write(self.path / INDEX, [index.encode()])
+            if manifest is not None:
+                self._write(self.path / self._manifest, [manifest])
             self._write(self.path / CONFIG, [config.encode()])
             self._committed = True
             for journal in self._journals.values():
@@ -45,15 +55,16 @@ class MergeOutput(ShardOutput):
 
     def _check_there(self, names: set[str]) -> None:
         path, parts = self.path, {part.name for part in self._job.parts}
-        allowed = {CONFIG, INDEX, JOURNAL, *parts, *side_files(self._job.checkpoint)}
+        allowed = {CONFIG, INDEX, *parts, *side_files(self._job.checkpoint)}
         foreign = {name for name in names - allowed if not name.endswith(".partial")}
-        begun = JOURNAL in names and not foreign
+        foreign -= {self._journal, self._manifest}
+        begun = self._journal in names and not foreign
         if begun and self._resume:
-            mine, other = self._job.identity, read_job(path / JOURNAL)
+            mine, other = self._job.identity, read_job(path / self._journal)
             for key in mine:
                 if other is not None and other.get(key) != mine[key]:
                     raise OutputError(
-                        f"{path} is the beginning of another merge: its {key} is "
+                        f"{path} is the beginning of another {self._verb}: its {key} is "
                         f"{other.get(key)!r:.80}, and not {mine[key]!r}",
                         hint="give a new directory, or the same options and source as there",
                     )

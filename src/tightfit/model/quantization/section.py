@@ -1,0 +1,241 @@
+"""The `quantization_config` of what `quantize` writes: what the readers of this package read again.
+
+Names of modules become patterns without layer numbers wherever all layers agree, because engines
+compare every module with every name. They match the end of a name: engines call models that are
+inside others in several ways.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization.recipe import split_experts
+from tightfit.model.quantization.written import (
+    COMPRESSED_TENSORS,
+    Choice,
+    Decisions,
+    Wish,
+    matrices,
+    module_name,
+)
+from tightfit.model.spec import ModelSpec
+
+VERSION = "0.17.0"
+"""Of compressed-tensors, whose description of a config this is."""
+
+_TOKENS = {"num_bits": 8, "strategy": "token", "symmetric": True, "dynamic": True}
+_FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+_WEIGHTS: Mapping[str, dict[str, Any]] = {
+    "fp8-tensor": {"num_bits": 8, "type": "float", "strategy": "tensor"},
+    "fp8-channel": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "fp8-block": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "block",
+        "block_structure": [128, 128],
+    },
+    "int8": {"num_bits": 8, "type": "int", "strategy": "channel"},
+    "w8a16": {"num_bits": 8, "type": "int"},
+    "w4a16": {"num_bits": 4, "type": "int"},
+    "w4a16-asym": {"num_bits": 4, "type": "int", "symmetric": False},
+    "nvfp4": {**_FP4, "scale_dtype": "torch.float8_e4m3fn"},
+    "nvfp4a16": {**_FP4, "scale_dtype": "torch.float8_e4m3fn"},
+    "mxfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
+    "mxfp8": {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
+}
+_INPUTS: Mapping[str, dict[str, Any]] = {
+    "fp8-tensor": {**_TOKENS, "type": "float"},
+    "fp8-channel": {**_TOKENS, "type": "float"},
+    "fp8-block": {**_TOKENS, "type": "float", "strategy": "group", "group_size": 128},
+    "int8": {**_TOKENS, "type": "int"},
+    "nvfp4": {**_FP4, "symmetric": True, "dynamic": "local", "scale_dtype": "torch.float8_e4m3fn"},
+    "mxfp8": {
+        **_TOKENS,
+        "type": "float",
+        "strategy": "group",
+        "group_size": 32,
+        "scale_dtype": "torch.uint8",
+    },
+}
+_FORMATS: Mapping[str, str] = {
+    "fp8-tensor": "float-quantized",
+    "fp8-channel": "float-quantized",
+    "fp8-block": "float-quantized",
+    "int8": "int-quantized",
+    "w8a16": "pack-quantized",
+    "w4a16": "pack-quantized",
+    "w4a16-asym": "pack-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "nvfp4a16": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+
+
+def section(
+    spec: ModelSpec, wish: Wish, decisions: Decisions, others: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config`.
+
+    Args:
+        spec: the model, unquantized.
+        wish: what the user wanted.
+        decisions: what became of each matrix.
+        others: modules of matrices that the checkpoint holds and that are no part of the spec, such
+            as those of layers that predict further tokens.
+    """
+    quantized = [name for name, choice in decisions.items() if choice is not None]
+    kept = [name for name, choice in decisions.items() if choice is None]
+    kept += [name for name in _never(spec) if name not in decisions]
+    kept += others
+    match wish.format:
+        case "fp8":
+            # vLLM compares whole names, and knows no patterns here.
+            return {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "weight_block_size": [128, 128],
+                "modules_to_not_convert": sorted(dict.fromkeys(kept)),
+            }
+        case "gptq":
+            return _gptq(wish, decisions, kept, quantized)
+        case "awq":
+            return {
+                "quant_method": "awq",
+                "version": "gemm",
+                "bits": 4,
+                "group_size": _only(wish).group or -1,
+                "zero_point": True,
+                # They match anywhere in a name, so that a router called `gate` stays off the list:
+                # engines never quantize it.
+                "modules_to_not_convert": [
+                    name
+                    for name in sorted(dict.fromkeys(kept))
+                    if not any(name in one for one in quantized)
+                ],
+            }
+    towers = {module_name(p.source) for t in spec.towers for w in t.weights for p in w.parts}
+    whole = {_top(name) for name in towers} - {_top(name) for name in quantized}
+    kept = [name for name in kept if _top(name) not in whole]
+    found = _compressed_tensors(wish, decisions, kept, quantized)
+    found["ignore"] += [f"re:.*{re.escape(top)}.*" for top in sorted(whole)]
+    return found
+
+
+def _compressed_tensors(
+    wish: Wish, decisions: Decisions, kept: list[str], quantized: list[str]
+) -> dict[str, Any]:
+    used = [choice for choice in wish.choices if choice in decisions.values()]
+    groups = {}
+    for number, choice in enumerate(used):
+        mine = [name for name, one in decisions.items() if one == choice]
+        rest = [name for name, one in decisions.items() if one != choice]
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(used) == 1 else patterns(mine, rest),
+            "weights": _arguments(choice),
+            "input_activations": _INPUTS.get(choice.scheme),
+            "output_activations": None,
+            "format": _FORMATS[choice.scheme],
+        }
+    formats = {_FORMATS[choice.scheme] for choice in used}
+    found: dict[str, Any] = {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": patterns(kept, quantized),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": VERSION,
+    }
+    if "lm_head" not in quantized and "lm_head" not in found["ignore"]:
+        # Also of tied models, whose head is no tensor of its own: transformers has a module.
+        found["ignore"].append("lm_head")
+    if wish.kv_cache:
+        found["kv_cache_scheme"] = {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+        }
+    return found
+
+
+def _arguments(choice: Choice) -> dict[str, Any]:
+    found = {"symmetric": True, "dynamic": False, **_WEIGHTS[choice.scheme]}
+    if "strategy" not in found:
+        found["strategy"] = "group" if choice.group else "channel"
+        found["group_size"] = choice.group
+    return found
+
+
+def _gptq(
+    wish: Wish, decisions: Decisions, kept: list[str], quantized: list[str]
+) -> dict[str, Any]:
+    choice = _only(wish)
+    found: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": int(choice.scheme[1]),
+        "group_size": choice.group or -1,
+        "sym": True,
+        "desc_act": False,
+        "checkpoint_format": "gptq",
+        "lm_head": False,
+    }
+    exceptions = [one for one in patterns(kept, quantized) if one != "lm_head"]
+    if exceptions:
+        found["dynamic"] = {f"-:{one.removeprefix('re:')}": {} for one in exceptions}
+    return found
+
+
+def _only(wish: Wish) -> Choice:
+    (choice,) = wish.choices
+    return choice
+
+
+def _never(spec: ModelSpec) -> Iterator[str]:
+    """Matrices that no recipe can touch, and that engines hold in linear layers: routers."""
+    able = {weight.name for weight in matrices(spec)}
+    for weight in plain_parameters(spec):
+        if weight.name not in able and weight.columns is not None and not weight.stacked:
+            for part in split_experts(weight).parts:
+                if part.source.endswith(".weight") and spec.names.embedding not in part.source:
+                    yield module_name(part.source)
+
+
+def _top(name: str) -> str:
+    return _PREFIX.sub("", name).partition(".")[0]
+
+
+def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Patterns for names that match none of the others; names without numbers stay as they are."""
+    others = tuple(others)
+    found: dict[str, None] = {}
+    for name in dict.fromkeys(names):
+        tail = _PREFIX.sub("", name)
+        if not re.search(r"\d", tail):
+            found[name] = None
+            continue
+        exact = re.sub(r"(?<=experts\\\.)0(?=\\\.)", r"\\d+", re.escape(tail))
+        wide = re.sub(r"\b\d+\b", r"\\d+", re.escape(tail))
+        pattern = re.compile(f".*{wide}$")
+        found[f"re:.*{exact if any(map(pattern.match, others)) else wide}$"] = None
+    return list(found)
+
+
+_PREFIX = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")

@@ -1,0 +1,271 @@
+"""What `tightfit quantize` makes of a model: which of its matrices get which scheme.
+
+A `Wish` is what a user says: a scheme for everything, others by pattern, and what to leave alone.
+`written` turns it into the recipe of the checkpoint that will be written, which `plan` weighs and
+`quantize` carries out; `section` is what that checkpoint's config then says.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from tightfit.errors import UnsupportedModelError, UsageError
+from tightfit.model.blocks.base import Place
+from tightfit.model.cache import StateCache
+from tightfit.model.layout import Rank, Weight
+from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization import compressed_tensors, schemes
+from tightfit.model.quantization.forms import Forms
+from tightfit.model.quantization.matching import Names
+from tightfit.model.quantization.recipe import Recipe, Rule, split_experts
+from tightfit.model.spec import ModelSpec
+
+GROUP_SIZE = 128
+"""Inputs that share a scale in integer schemes for weights alone, unless the user says otherwise.
+
+That is compressed-tensors' presets' as well.
+"""
+COMPRESSED_TENSORS = "compressed-tensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A scheme, as it is written for one matrix; the group size is -1 for whole rows.
+
+    Raises:
+        UsageError: no such scheme or format, or a group size where there are no groups.
+    """
+
+    scheme: str
+    group_size: int | None = None
+    format: str = COMPRESSED_TENSORS
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise UsageError(
+                f"there is no scheme {self.scheme!r}", hint="schemes: " + ", ".join(SCHEMES)
+            )
+        size = self.group_size
+        if size is not None and (self.scheme not in GROUPED or size < -1 or not size):
+            raise UsageError(
+                f"a group size of {size} with the scheme {self.scheme}",
+                hint=f"a size, or -1 for whole rows, belongs to {', '.join(GROUPED)}",
+            )
+        if (self.format, self.scheme) not in _FORMS:
+            fine = [scheme for format, scheme in _FORMS if format == self.format]
+            raise UsageError(
+                f"the format {self.format!r} does not have the scheme {self.scheme}",
+                hint=f"{self.format} has {', '.join(fine)}"
+                if fine
+                else "formats: " + ", ".join(dict.fromkeys(format for format, _ in _FORMS)),
+            )
+
+    @property
+    def forms(self) -> Forms:
+        """What stands for a matrix."""
+        return _FORMS[self.format, self.scheme](self.group)
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that share a scale; None for all of a row, also where there are no groups."""
+        if self.scheme not in GROUPED:
+            return None
+        size = GROUP_SIZE if self.group_size is None else self.group_size
+        return size if size > 0 else None
+
+    @property
+    def label(self) -> str:
+        """What tables call it: `w4a16 g128`."""
+        name = f"{self.scheme} g{self.group}" if self.group else self.scheme
+        return name if self.format == COMPRESSED_TENSORS else f"{name} ({self.format})"
+
+
+_Maker = Callable[[int | None], Forms]
+
+_FORMS: Mapping[tuple[str, str], _Maker] = {
+    (COMPRESSED_TENSORS, "fp8-tensor"): lambda _: schemes.per_tensor(
+        schemes.FP8, static=False, scale_dtype=None
+    ),
+    (COMPRESSED_TENSORS, "fp8-channel"): lambda _: schemes.per_channel(schemes.FP8, static=False),
+    (COMPRESSED_TENSORS, "fp8-block"): lambda _: schemes.fp8_block(
+        128, 128, scale="weight_scale", dtype=None
+    ),
+    (COMPRESSED_TENSORS, "int8"): lambda _: schemes.per_channel("I8", static=False),
+    (COMPRESSED_TENSORS, "w8a16"): lambda g: schemes.pack_quantized(8, g, symmetric=True),
+    (COMPRESSED_TENSORS, "w4a16"): lambda g: schemes.pack_quantized(4, g, symmetric=True),
+    (COMPRESSED_TENSORS, "w4a16-asym"): lambda g: schemes.pack_quantized(4, g, symmetric=False),
+    (COMPRESSED_TENSORS, "nvfp4"): lambda _: schemes.nvfp4(activations=True),
+    (COMPRESSED_TENSORS, "nvfp4a16"): lambda _: schemes.nvfp4(activations=False),
+    (COMPRESSED_TENSORS, "mxfp4"): lambda _: schemes.mxfp4(),
+    (COMPRESSED_TENSORS, "mxfp8"): lambda _: schemes.mxfp8(),
+    ("fp8", "fp8-block"): lambda _: schemes.fp8_block(128, 128, scale="weight_scale_inv"),
+    ("gptq", "w4a16"): lambda g: schemes.gptq(4, g, symmetric=True),
+    ("gptq", "w8a16"): lambda g: schemes.gptq(8, g, symmetric=True),
+    ("awq", "w4a16-asym"): lambda g: schemes.awq(4, g, zero_point=True),
+}
+SCHEMES = tuple(scheme for format, scheme in _FORMS if format == COMPRESSED_TENSORS)
+FORMATS = tuple(dict.fromkeys(format for format, _ in _FORMS))
+GROUPED = ("w8a16", "w4a16", "w4a16-asym")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a user wants: of `rules` (pattern, and scheme or None) the first that matches counts.
+
+    Patterns are regular expressions that may match anywhere in the name of a module. What stays as
+    it is by default, such as the output layer, is quantized only where a rule says so.
+    """
+
+    default: Choice | None
+    rules: tuple[tuple[str, Choice | None], ...] = ()
+    kv_cache: bool = False
+    """Scales for keys and values in fp8."""
+
+    @property
+    def format(self) -> str:
+        """The one that all have.
+
+        Raises:
+            UsageError: they have several, or nothing is to be quantized.
+        """
+        formats = {choice.format for choice in self.choices}
+        if len(formats) != 1:
+            raise UsageError(
+                f"a recipe with the formats {', '.join(sorted(formats))}"
+                if formats
+                else "a recipe that quantizes nothing",
+                hint="a checkpoint has one format; only compressed-tensors mixes schemes"
+                if formats
+                else "give a scheme",
+            )
+        return formats.pop()
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """All schemes that may occur."""
+        found = (self.default, *(choice for _, choice in self.rules))
+        return tuple(dict.fromkeys(choice for choice in found if choice is not None))
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return " + ".join(choice.label for choice in self.choices)
+
+
+Decisions = Mapping[str, Choice | None]
+"""By module; `experts.0` stands for all experts."""
+
+
+def decide(spec: ModelSpec, wish: Wish) -> Decisions:
+    """What becomes of every matrix that can be quantized.
+
+    Raises:
+        UsageError: a rule matches nothing, or is no regular expression.
+    """
+    kept = frozenset(_kept(spec))
+    patterns = [(_compiled(pattern), choice) for pattern, choice in wish.rules]
+    used: set[str] = set()
+    found: dict[str, Choice | None] = {}
+    for weight in matrices(spec):
+        by_default = weight.linear and isinstance(weight.where, int)
+        for part in split_experts(weight).parts:
+            module = module_name(part.source)
+            decision = wish.default if by_default and module not in kept else None
+            for pattern, choice in patterns:
+                if pattern.search(module):
+                    used.add(pattern.pattern)
+                    decision = choice
+                    break
+            found[module] = decision
+    for pattern, choice in patterns:
+        if pattern.pattern not in used and choice is not None:
+            raise UsageError(
+                f"the pattern {pattern.pattern!r} matches nothing of {spec.architecture} that "
+                "can be quantized",
+                hint=f"names look like {next(iter(found), 'none')!r}",
+            )
+    return found
+
+
+def matrices(spec: ModelSpec) -> Iterator[Weight]:
+    """Every matrix that can be quantized: linear layers, and the output layer if it is its own."""
+    head = f"{spec.names.head}.weight"
+    return (w for w in plain_parameters(spec) if w.linear or w.name == head)
+
+
+def module_name(source: str) -> str:
+    """The module of a tensor; of experts the first."""
+    return source.removesuffix(".weight").replace("{expert}", "0")
+
+
+def written(spec: ModelSpec, wish: Wish) -> Recipe:
+    """The recipe of the checkpoint that is written.
+
+    Raises:
+        UsageError: as `decide` and `Wish.format`.
+        UnsupportedModelError: engines hold matrices as one, or experts together, that are to be
+            quantized differently; or nothing is left to quantize.
+    """
+    decisions = decide(spec, wish)
+    head = f"{spec.names.head}.weight"
+    recipe = Recipe(
+        name=wish.label,
+        rules=tuple(
+            Rule(
+                forms=choice.forms,
+                names=Names(exact=[name for name, one in decisions.items() if one == choice]),
+            )
+            for choice in wish.choices
+        ),
+        head=head if decisions.get(spec.names.head) is not None else None,
+        placeholders=compressed_tensors.PLACEHOLDERS if wish.format == COMPRESSED_TENSORS else (),
+    )
+    check_together(spec, decisions)
+    return recipe
+
+
+def check_together(spec: ModelSpec, decisions: Decisions) -> None:
+    """What engines hold as one is quantized in one way, and so are all matrices of experts.
+
+    Raises:
+        UnsupportedModelError: it is not, or nothing is quantized at all.
+    """
+    together: dict[str, dict[str, Choice | None]] = {}
+    for weight in matrices(spec):
+        name = weight.name.rpartition(".")[0] if weight.experts else weight.name
+        for part in split_experts(weight).parts:
+            module = module_name(part.source)
+            together.setdefault(name, {})[module] = decisions[module]
+    for name, parts in together.items():
+        if len(set(parts.values())) > 1:
+            each = ", ".join(f"{m} {c.label if c else 'as it is'}" for m, c in parts.items())
+            raise UnsupportedModelError(
+                f"engines hold {name} as one, and its parts would differ: {each}",
+                hint="let the patterns match all of them, or none",
+            )
+    if not any(decisions.values()):
+        raise UnsupportedModelError(
+            f"nothing of {spec.architecture} would be quantized",
+            hint="its matrices were all left alone; name them with a rule",
+        )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UsageError(
+            f"{pattern!r} is not a regular expression: {error}", hint="correct the pattern"
+        ) from None
+
+
+def _kept(spec: ModelSpec) -> Iterator[str]:
+    """Modules of mixers that keep a state, and of a layer's extras."""
+    for i, layer in enumerate(spec.layers):
+        place = Place(prefix=f"{spec.names.layers}.{i}", where=i, hidden_size=spec.hidden_size)
+        states = (
+            m for m in layer.mixers if any(isinstance(c, StateCache) for c in m.caches(Rank()))
+        )
+        for block in (*states, *layer.extras):
+            for weight in block.weights(place):
+                yield from (module_name(part.source) for part in weight.parts)

@@ -1,0 +1,219 @@
+"""A checkpoint whose tensors are computed when they are read: a source like any other.
+
+It has one file. Tensors that are only copied are read from where they are; others are made a unit
+at a time, all tensors of a matrix together, and kept until they have been read. What has been
+forgotten is made again, to the same bytes.
+"""
+
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import xxhash
+from torch import Tensor, uint8
+
+from tightfit.checkpoint.header import TensorInfo, encode_header
+from tightfit.checkpoint.source import Source
+from tightfit.errors import CheckpointError
+from tightfit.quantize.matrices import Output
+from tightfit.units import MiB, dtype_bytes
+
+FILE = "model.safetensors"
+_KEPT_BYTES = 256 * MiB
+
+U = TypeVar("U")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A tensor that is copied, perhaps under another name."""
+
+    name: str
+    source: Source
+    info: TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made(Generic[U]):
+    """Tensors that are made together."""
+
+    unit: U
+    outputs: Mapping[str, Output]
+    """By kind."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor of the file: copied, or number `made` of those that are computed."""
+
+    kept: Kept | None
+    made: int
+    kind: str
+    nbytes: int
+
+
+class ComputedSource(ABC, Generic[U]):
+    """A source with one file, `FILE`, beside the side files of another source."""
+
+    def __init__(self, base: Source, kept: Iterable[Kept], made: Sequence[Made[U]]) -> None:
+        self.base = base
+        self.label = base.label
+        self._made = tuple(made)
+        entries = [
+            (one.name, one.info.dtype, one.info.shape, _Entry(one, -1, "", one.info.nbytes))
+            for one in kept
+        ]
+        for number, unit in enumerate(self._made):
+            for kind, one in unit.outputs.items():
+                nbytes = dtype_bytes(one.dtype, prod(one.shape))
+                entry = _Entry(None, number, kind, nbytes)
+                entries.append((one.name, one.dtype, one.shape, entry))
+        self._entries = [entry for *_, entry in entries]
+        self._header = encode_header([(n, d, s, e.nbytes) for n, d, s, e in entries])
+        self._starts: list[int] = []
+        self._size = len(self._header)
+        for entry in self._entries:
+            self._starts.append(self._size)
+            self._size += entry.nbytes
+        self._forget()
+
+    @abstractmethod
+    def make(self, unit: U) -> Mapping[str, Tensor]:
+        """The tensors of a unit, by kind."""
+
+    def bundles(self) -> dict[str, str]:
+        """Which unit each computed tensor belongs to: to be read together."""
+        return {
+            one.name: str(number)
+            for number, unit in enumerate(self._made)
+            for one in unit.outputs.values()
+        }
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such a file."""
+        return path == FILE or self.base.exists(path)
+
+    def size(self, path: str) -> int:
+        """Bytes of the file."""
+        return self._size if path == FILE else self.base.size(path)
+
+    def files(self) -> list[str]:
+        """Names of the files: those of weights are the base's no more, but filtered by others."""
+        return sorted({*self.base.files(), FILE})
+
+    def local_path(self, path: str) -> Path | None:
+        """None for what is computed."""
+        return None if path == FILE else self.base.local_path(path)
+
+    def state(self, path: str) -> list[int | str]:
+        """What changes when the base's weights are written anew."""
+        if path != FILE:
+            return self.base.state(path)
+        digest = xxhash.xxh3_128()
+        for source, file in sorted(self._origins(), key=lambda one: (one[0].label, one[1])):
+            digest.update(f"{file}\0{source.state(file)}\n".encode())
+        return [self._size, digest.hexdigest()]
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """The bytes from `start` to `stop`, or to the end; fewer if the file is shorter."""
+        if path != FILE:
+            return self.base.read(path, start, stop)
+        stop = self._size if stop is None else min(stop, self._size)
+        found = [self._header[start:stop]] if start < len(self._header) else []
+        number = max(bisect_right(self._starts, start) - 1, 0)
+        while number < len(self._entries) and self._starts[number] < stop:
+            entry, at = self._entries[number], self._starts[number]
+            first, last = max(start - at, 0), min(stop - at, entry.nbytes)
+            if first < last:
+                found.append(self._read_entry(entry, first, last))
+            number += 1
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _read_entry(self, entry: _Entry, first: int, last: int) -> bytes:
+        if (kept := entry.kept) is not None:
+            at = kept.info.offset
+            return kept.source.read(kept.info.file, at + first, at + last)
+        with self._locks[entry.made]:
+            with self._lock:
+                data = self._cache.get((entry.made, entry.kind))
+            if data is None:
+                made = self._bytes_of(self._made[entry.made])
+                data = made[entry.kind]
+                with self._lock:
+                    for kind, one in made.items():
+                        self._cache[entry.made, kind] = one
+                        self._left[entry.made, kind] = len(one)
+            found = bytes(data[first:last])
+            with self._lock:
+                self._drop((entry.made, entry.kind), last - first)
+        return found
+
+    def _drop(self, key: tuple[int, str], nbytes: int) -> None:
+        """Forget what has been read, and what was kept for too long."""
+        if key in self._left:
+            self._left[key] -= nbytes
+            if self._left[key] <= 0:
+                del self._left[key], self._cache[key]
+        held = sum(map(len, self._cache.values()))
+        while held > _KEPT_BYTES and len(self._cache) > 1:
+            oldest = next(iter(self._cache))
+            if oldest == key:
+                self._cache.move_to_end(oldest)
+                continue
+            held -= len(self._cache.pop(oldest))
+            self._left.pop(oldest, None)
+
+    def _bytes_of(self, unit: Made[U]) -> dict[str, memoryview]:
+        tensors = self.make(unit.unit)
+        found = {}
+        for kind, output in unit.outputs.items():
+            tensor = tensors[kind]
+            assert tensor.numel() == prod(output.shape), (output, tensor.shape)
+            found[kind] = tensor.contiguous().view(-1).view(uint8).numpy().data
+        return found
+
+    def _origins(self) -> set[tuple[Source, str]]:
+        files = {(one.kept.source, one.kept.info.file) for one in self._entries if one.kept}
+        return files | {
+            (self.base, info.file) for unit in self._made for info in self.inputs(unit.unit)
+        }
+
+    @abstractmethod
+    def inputs(self, unit: U) -> Iterable[TensorInfo]:
+        """The tensors of the base that a unit is made of."""
+
+    def _forget(self) -> None:
+        self._lock = Lock()
+        self._locks = [Lock() for _ in self._made]
+        self._cache: OrderedDict[tuple[int, str], memoryview] = OrderedDict()
+        self._left: dict[tuple[int, str], int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without locks, and what has been made."""
+        hidden = ("_lock", "_locks", "_cache", "_left")
+        return {name: value for name, value in vars(self).items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+
+def read_exactly(source: Source, file: str, start: int, stop: int) -> bytes:
+    """The bytes of a range.
+
+    Raises:
+        CheckpointError: the file ends before.
+    """
+    data = source.read(file, start, stop)
+    if len(data) != stop - start:
+        raise CheckpointError(
+            f"{file} is truncated: byte {start + len(data)}, which belongs to a tensor, is missing",
+            hint="the file is incomplete or was truncated meanwhile; download it again",
+        )
+    return data

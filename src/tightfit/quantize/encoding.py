@@ -1,0 +1,120 @@
+"""A checkpoint, quantized while it is read."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.checkpoint.source import Source
+from tightfit.errors import CheckpointError
+from tightfit.quantize.codecs import codec
+from tightfit.quantize.computed_source import ComputedSource, Kept, Made, read_exactly
+from tightfit.quantize.matrices import Matrix
+from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.units import dtype_bytes
+
+_CHUNK_ELEMENTS = 2**20
+"""Rows that are encoded at a time: what a processor's cache holds, a few times over."""
+
+
+class EncodedSource(ComputedSource[Matrix]):
+    """Matrices of `base`, encoded; `search` is for scales with the least squared error."""
+
+    def __init__(
+        self, base: Source, kept: Iterable[Kept], matrices: Sequence[Matrix], *, search: bool
+    ) -> None:
+        self._search = search
+        self._together: dict[str, list[Matrix]] = {}
+        for matrix in matrices:
+            self._together.setdefault(matrix.fused, []).append(matrix)
+        made = [Made(unit=matrix, outputs=matrix.outputs) for matrix in matrices]
+        super().__init__(base, kept, made)
+
+    def make(self, unit: Matrix) -> Mapping[str, Tensor]:
+        """Encode a matrix.
+
+        Raises:
+            CheckpointError: it has values that are not finite, or its file ends early.
+        """
+        coder = codec(unit.choice, TORCH_DTYPES[unit.source.dtype])
+        amax = self._amax(unit.fused) if coder.needs_amax else None
+        pieces = []
+        for rows in rows_of(unit, self.base, coder.row_step):
+            check_finite(rows, unit)
+            pieces.append(coder.encode(rows, amax, search=self._search))
+        return pieces[0] if len(pieces) == 1 else coder.joined(pieces)
+
+    def inputs(self, unit: Matrix) -> Iterable[TensorInfo]:
+        """The tensor that it is in."""
+        return (unit.source,)
+
+    def _amax(self, fused: str) -> Tensor:
+        """The largest absolute value of all that an engine holds as one, which several ask for."""
+        with self._amax_locks.setdefault(fused, Lock()):
+            if fused not in self._largest:
+                largest = torch.zeros(())
+                for matrix in self._together[fused]:
+                    for rows in rows_of(matrix, self.base, 1):
+                        check_finite(rows, matrix)
+                        largest = torch.maximum(largest, rows.abs_().amax())
+                self._largest[fused] = largest
+        return self._largest[fused]
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._largest: dict[str, Tensor] = {}
+        self._amax_locks: dict[str, Lock] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without locks, and what has been found."""
+        hidden = ("_largest", "_amax_locks")
+        return {k: value for k, value in super().__getstate__().items() if k not in hidden}
+
+
+def rows_of(matrix: Matrix, source: Source, step: int) -> Iterator[Tensor]:
+    """A matrix, some rows at a time (a multiple of `step`), float32 `[rows, columns]`.
+
+    Raises:
+        CheckpointError: its file ends early.
+    """
+    info = matrix.source
+    dtype, size = TORCH_DTYPES[info.dtype], dtype_bytes(info.dtype)
+
+    def read(first: int, count: int) -> Tensor:
+        start = info.offset + first * size
+        data = bytearray(read_exactly(source, info.file, start, start + count * size))
+        return torch.frombuffer(data, dtype=dtype)
+
+    if matrix.transposed:
+        # Its rows are columns, and there is no reading some of them.
+        length = (matrix.columns - 1) * matrix.pitch + matrix.rows
+        lines = read(matrix.first, length)
+        whole = lines.as_strided((matrix.columns, matrix.rows), (matrix.pitch, 1)).T
+    count = max(_CHUNK_ELEMENTS // (matrix.columns * step), 1) * step
+    for row in range(0, matrix.rows, count):
+        some = min(count, matrix.rows - row)
+        if matrix.transposed:
+            yield whole[row : row + some].float().contiguous()
+        else:
+            flat = read(matrix.first + row * matrix.pitch, some * matrix.columns)
+            rows = flat.view(some, matrix.columns)
+            yield rows.float() if dtype is not torch.float32 else rows
+
+
+def check_finite(rows: Tensor, matrix: Matrix) -> None:
+    """Refuse values that no scale can hold.
+
+    Raises:
+        CheckpointError: some are not finite.
+    """
+    # A sum is quicker to check, and finite unless there are such values, or huge ones.
+    if not torch.isfinite(rows.sum()) and not torch.isfinite(rows).all():
+        kind = "NaN" if torch.isnan(rows).any() else "infinity"
+        raise CheckpointError(
+            f"{matrix.source.name!r} in {matrix.source.file} holds {kind}, which cannot be "
+            "quantized",
+            hint=f"the checkpoint is damaged; or leave the layer alone: --ignore '{matrix.module}'",
+        )

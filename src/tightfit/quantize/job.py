@@ -1,0 +1,95 @@
+"""Everything about quantizing a checkpoint before the first weight is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from tightfit.checkpoint.checkpoint import Checkpoint
+from tightfit.checkpoint.describe import describe, require_weights
+from tightfit.checkpoint.header import TensorInfo
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.aliases import require_own_names
+from tightfit.model.quantization.section import section
+from tightfit.model.quantization.written import Decisions, Wish, decide, written
+from tightfit.model.sources import expected_sources
+from tightfit.model.spec import ModelSpec
+from tightfit.quantize.computed_source import FILE, Kept
+from tightfit.quantize.encoding import EncodedSource
+from tightfit.quantize.matrices import Matrix, quantized_matrices
+
+METHODS = ("rtn", "mse", "gptq", "awq", "smoothquant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeJob:
+    """A checkpoint to be quantized, as it is and as it will be.
+
+    `spec` is that of the checkpoint, and `quantized_spec` that of `virtual`, the quantized one, of
+    which tensors are computed when they are read.
+    """
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    wish: Wish
+    method: str
+    decisions: Decisions
+    matrices: tuple[Matrix, ...]
+    quantized_spec: ModelSpec
+    virtual: Checkpoint
+
+
+def prepare(checkpoint: Checkpoint, wish: Wish, *, method: str = "rtn") -> QuantizeJob:
+    """Decide what becomes of every tensor.
+
+    Raises:
+        CheckpointError: the source lacks weights, or they are not what config.json says.
+        LayoutError: groups or blocks do not divide a matrix.
+        UnsupportedModelError: the architecture is not known, the checkpoint is quantized already,
+            or engines could not load the result.
+        UsageError: a rule matches nothing.
+    """
+    require_weights(checkpoint, "quantize")
+    spec = describe(checkpoint).spec
+    require_own_names(spec)
+    if spec.quantization is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is quantized already: {spec.quantization.name}",
+            hint="give the unquantized model, or --dequantize to go on from what this one has left",
+        )
+    if spec.listed is not None:
+        raise UnsupportedModelError(
+            f"{spec.architecture} is not modelled, so that nobody knows its linear layers",
+            hint="`tightfit plan` says what is known of it",
+        )
+    decisions = decide(spec, wish)
+    recipe = written(spec, wish)
+    tensors = checkpoint.tensors()
+    matrices = quantized_matrices(spec, decisions, tensors)
+    consumed = {matrix.source.name for matrix in matrices}
+    kept = [
+        Kept(name=name, source=checkpoint.source, info=info)
+        for name, info in tensors.items()
+        if name not in consumed
+    ]
+    source = EncodedSource(checkpoint.source, kept, matrices, search=method == "mse")
+    config = dict(checkpoint.config)
+    config["quantization_config"] = section(spec, wish, decisions, _others(spec, tensors))
+    return QuantizeJob(
+        checkpoint=checkpoint,
+        spec=spec,
+        wish=wish,
+        method=method,
+        decisions=decisions,
+        matrices=matrices,
+        quantized_spec=replace(spec, quantization=recipe),
+        virtual=Checkpoint(
+            name=checkpoint.name, source=source, config=config, files=(FILE,), has_weights=True
+        ),
+    )
+
+
+def _others(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Modules of matrices that are no part of the model: of layers that predict further tokens."""
+    known = expected_sources(spec)
+    for name, info in tensors.items():
+        if name not in known and name.endswith(".weight") and len(info.shape) > 1:
+            yield name.removesuffix(".weight")
