@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe, require_weights
@@ -37,8 +38,21 @@ class QuantizeJob:
     virtual: Checkpoint
 
 
-def prepare(checkpoint: Checkpoint, wish: Wish, *, method: str = "rtn") -> QuantizeJob:
+def prepare(
+    checkpoint: Checkpoint,
+    wish: Wish,
+    *,
+    method: str = "rtn",
+    given: Mapping[str, Kept] = MappingProxyType({}),
+) -> QuantizeJob:
     """Decide what becomes of every tensor.
+
+    Args:
+        checkpoint: an unquantized one.
+        wish: what the user wants.
+        method: one of `METHODS`.
+        given: tensors of the result that are there already, by name, as calibration leaves them:
+            they take the place of those that would be computed or copied, and may be further ones.
 
     Raises:
         CheckpointError: the source lacks weights, or they are not what config.json says.
@@ -65,12 +79,15 @@ def prepare(checkpoint: Checkpoint, wish: Wish, *, method: str = "rtn") -> Quant
     tensors = checkpoint.tensors()
     matrices = quantized_matrices(spec, decisions, tensors)
     consumed = {matrix.source.name for matrix in matrices}
-    kept = [
-        Kept(name=name, source=checkpoint.source, info=info)
+    kept = {
+        name: Kept(name=name, source=checkpoint.source, info=info)
         for name, info in tensors.items()
         if name not in consumed
-    ]
-    source = EncodedSource(checkpoint.source, kept, matrices, search=method == "mse")
+    }
+    todo = [m for m in matrices if not all(o.name in given for o in m.outputs.values())]
+    source = EncodedSource(
+        checkpoint.source, {**kept, **given}.values(), todo, search=method == "mse"
+    )
     config = dict(checkpoint.config)
     config["quantization_config"] = section(spec, wish, decisions, _others(spec, tensors))
     return QuantizeJob(
