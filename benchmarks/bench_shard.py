@@ -32,7 +32,6 @@ from tightfit.model.families import model_spec  # noqa: E402
 from tightfit.model.sources import source_shapes  # noqa: E402
 
 CP, SYNCED, NAIVE = "cp -r", "cp -r, then sync", "safetensors and torch"
-_FILE_BYTES = 2 * 10**9
 
 _NAIVE = """
 import json, sys
@@ -75,22 +74,32 @@ def config(hidden: int, layers: int, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def write_model(directory: Path, document: Mapping[str, Any], *, sparse: bool = False) -> int:
-    """A checkpoint of random bytes, or of holes; returns the bytes of its weights."""
+def write_model(
+    directory: Path,
+    document: Mapping[str, Any],
+    *,
+    sparse: bool = False,
+    content: bytes | None = None,
+    file_bytes: int = 2 * 10**9,
+) -> int:
+    """A checkpoint of random bytes, of `content` again and again, or of holes.
+
+    Returns the bytes of its weights.
+    """
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(document))
     shapes = source_shapes(model_spec(document))
     sizes = {name: 2 * shape[0] * (shape[1:] or (1,))[0] for name, shape in shapes.items()}
     files: list[list[str]] = [[]]
-    room = _FILE_BYTES
+    room = file_bytes
     for name, size in sizes.items():
         if size > room and files[-1]:
             files.append([])
-            room = _FILE_BYTES
+            room = file_bytes
         files[-1].append(name)
         room -= size
     weight_map = {}
-    noise = memoryview(os.urandom(2**24))
+    noise = memoryview(content or os.urandom(2**24))
     for number, names in enumerate(files):
         path = directory / f"model-{number + 1:05}-of-{len(files):05}.safetensors"
         weight_map |= dict.fromkeys(names, path.name)
