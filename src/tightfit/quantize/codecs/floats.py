@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tightfit.quantize.codecs.base import Codec, Scales, Stored, stored_scale
-from tightfit.quantize.codecs.grids import FP8, FP8_MAX, to_fp8
+from tightfit.quantize.codecs.grids import FP8, FP8_MAX, from_fp8, to_fp8
 from tightfit.quantize.codecs.mx import from_exponents, to_exponents
 
 
@@ -18,8 +18,11 @@ class _Fp8(Codec):
         self.scale_dtype = scale_dtype
 
     def codes(self, matrix: Tensor, scales: Scales) -> Tensor:
+        return to_fp8(self.scaled(matrix, scales))
+
+    def scaled(self, matrix: Tensor, scales: Scales) -> Tensor:
         self.grouped(matrix).div_(scales.factor[..., None])
-        return to_fp8(matrix)
+        return matrix.clamp_(-FP8_MAX, FP8_MAX)
 
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         return {"weight": codes.to(FP8), self.scale_kind: scales.stored}
@@ -33,7 +36,7 @@ class Fp8Tensor(_Fp8):
 
     def candidate(self, matrix: Tensor, amax: Tensor | None, share: float) -> Scales:
         assert amax is not None
-        scale = stored_scale(amax.view(1) * (share / FP8_MAX), self.scale_dtype)
+        scale = stored_scale(amax.view(1) * (share / FP8_MAX), self.scale_dtype, reach=FP8_MAX)
         return Scales(factor=scale.float().view(1, 1), stored=scale)
 
     @staticmethod
@@ -44,7 +47,7 @@ class Fp8Tensor(_Fp8):
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale = stored[self.scale_kind]
         factor = scale.float().view(1, 1)
-        return stored["weight"].float(), Scales(factor=factor, stored=scale)
+        return from_fp8(stored["weight"]), Scales(factor=factor, stored=scale)
 
 
 class Fp8Channel(_Fp8):
@@ -52,12 +55,12 @@ class Fp8Channel(_Fp8):
 
     def candidate(self, matrix: Tensor, amax: Tensor | None, share: float) -> Scales:
         largest = matrix.abs().amax(dim=1, keepdim=True)
-        scale = stored_scale(largest * (share / FP8_MAX), self.scale_dtype)
+        scale = stored_scale(largest * (share / FP8_MAX), self.scale_dtype, reach=FP8_MAX)
         return Scales(factor=scale.float(), stored=scale)
 
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale = stored[self.scale_kind].view(-1, 1)
-        return stored["weight"].float(), Scales(factor=scale.float(), stored=scale)
+        return from_fp8(stored["weight"]), Scales(factor=scale.float(), stored=scale)
 
 
 class Fp8Block(_Fp8):
@@ -76,11 +79,11 @@ class Fp8Block(_Fp8):
 
     def candidate(self, matrix: Tensor, amax: Tensor | None, share: float) -> Scales:
         largest = self._blocks(matrix.abs()).amax(dim=(1, 3))
-        scale = stored_scale(largest * (share / FP8_MAX), self.scale_dtype)
+        scale = stored_scale(largest * (share / FP8_MAX), self.scale_dtype, reach=FP8_MAX)
         return Scales(factor=scale.float(), stored=scale)
 
-    def codes(self, matrix: Tensor, scales: Scales) -> Tensor:
-        return to_fp8(matrix.div_(self._spread(scales.factor, matrix)))
+    def scaled(self, matrix: Tensor, scales: Scales) -> Tensor:
+        return matrix.div_(self._spread(scales.factor, matrix)).clamp_(-FP8_MAX, FP8_MAX)
 
     def values(self, codes: Tensor, scales: Scales) -> Tensor:
         return codes * self._spread(scales.factor, codes)
@@ -91,7 +94,7 @@ class Fp8Block(_Fp8):
 
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale = stored[self.scale_kind]
-        return stored["weight"].float(), Scales(factor=scale.float(), stored=scale)
+        return from_fp8(stored["weight"]), Scales(factor=scale.float(), stored=scale)
 
     def _blocks(self, matrix: Tensor) -> Tensor:
         """`[row blocks, block, column blocks, block]`, filled up with zeros."""
@@ -106,7 +109,7 @@ class Fp8Block(_Fp8):
         return wide.repeat_interleave(self.block, dim=0)[:rows]
 
 
-class MxFp8(Codec):
+class MxFp8(_Fp8):
     """A power of two for 32 inputs, stored as its exponent + 127, `[rows, columns / 32]`.
 
     (OCP Microscaling Formats 1.0; compressed-tensors' `mxfp8-quantized`.)
@@ -115,17 +118,13 @@ class MxFp8(Codec):
     group_size = 32
     shares = (1.0, 0.5)
 
+    def __init__(self) -> None:
+        super().__init__(torch.uint8)
+
     def candidate(self, matrix: Tensor, amax: Tensor | None, share: float) -> Scales:
         stored = to_exponents(self.grouped(matrix).abs().amax(dim=-1) * share, largest=FP8_MAX)
         return Scales(factor=from_exponents(stored), stored=stored)
 
-    def codes(self, matrix: Tensor, scales: Scales) -> Tensor:
-        self.grouped(matrix).div_(scales.factor[..., None])
-        return to_fp8(matrix)
-
-    def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
-        return {"weight": codes.to(FP8), "weight_scale": scales.stored}
-
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale = stored["weight_scale"]
-        return stored["weight"].float(), Scales(factor=from_exponents(scale), stored=scale)
+        return from_fp8(stored["weight"]), Scales(factor=from_exponents(scale), stored=scale)

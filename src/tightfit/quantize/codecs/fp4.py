@@ -12,6 +12,7 @@ from tightfit.quantize.codecs.grids import (
     FP8_MAX,
     fp4_codes,
     fp4_values,
+    from_fp8,
     to_fp4,
     to_fp8,
 )
@@ -21,8 +22,11 @@ from tightfit.quantize.codecs.packing import pack_nibbles, to_bytes, unpack_nibb
 
 class _Fp4(Codec):
     def codes(self, matrix: Tensor, scales: Scales) -> Tensor:
+        return to_fp4(self.scaled(matrix, scales))
+
+    def scaled(self, matrix: Tensor, scales: Scales) -> Tensor:
         self.grouped(matrix).div_(scales.factor[..., None])
-        return to_fp4(matrix)
+        return matrix
 
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         signs = torch.signbit(codes).view(torch.uint8) << 3
@@ -50,10 +54,12 @@ class NvFp4(_Fp4):
         overall = torch.where(amax > 0, FP8_MAX * FP4_MAX / amax, 1.0).view(1)
         # Its square is still finite for weights that are all but zero.
         overall = overall.clamp(max=torch.finfo(torch.float32).max ** 0.5)
-        scale = self.grouped(matrix).abs().amax(dim=-1) * (share / FP4_MAX)
+        # Halves first: torch is slow at finding the largest of few.
+        halves = self.grouped(matrix).abs().unflatten(-1, (2, 8)).unbind(-2)
+        scale = torch.maximum(*halves).amax(dim=-1) * (share / FP4_MAX)
         stored = to_fp8(scale * overall)
-        stored = torch.where(stored > 0, stored, _SMALLEST_FP8).to(FP8)
-        return Scales(factor=stored.float() / overall, stored=stored, overall=overall)
+        stored = torch.where(stored > 0, stored, _SMALLEST_FP8)
+        return Scales(factor=stored / overall, stored=stored.to(FP8), overall=overall)
 
     def pack(self, codes: Tensor, scales: Scales) -> dict[str, Tensor]:
         assert scales.overall is not None
@@ -66,7 +72,7 @@ class NvFp4(_Fp4):
 
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale, overall = stored["weight_scale"], stored["weight_global_scale"]
-        factor = scale.float() / overall
+        factor = from_fp8(scale) / overall
         return self._unpack(stored), Scales(factor=factor, stored=scale, overall=overall)
 
 

@@ -37,14 +37,12 @@ class Integers(Codec):
         grouped = self.grouped(matrix)
         steps = 2**self.bits - 1
         if self.symmetric:
-            # The product of a scale and the lowest code has to stay finite in float16.
-            largest = torch.finfo(self.scale_dtype).max / -self.lowest
             scale = grouped.abs().amax(dim=-1) * (2 * share / steps)
-            stored = stored_scale(scale.clamp_(max=largest), self.scale_dtype)
+            stored = stored_scale(scale, self.scale_dtype, reach=-self.lowest)
             return Scales(factor=stored.float(), stored=stored)
         low = grouped.amin(dim=-1).clamp_(max=0) * share
         high = grouped.amax(dim=-1).clamp_(min=0) * share
-        stored = stored_scale((high - low) / steps, self.scale_dtype)
+        stored = stored_scale(high / steps - low / steps, self.scale_dtype, reach=steps)
         factor = stored.float()
         zero = to_integers(-low / factor, self.lowest, self.highest)
         return Scales(factor=factor, stored=stored, zero=zero)

@@ -17,7 +17,7 @@ def to_bytes(values: Tensor) -> Tensor:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 `[..., columns]` of 4 bits each -> uint8 `[..., columns / 2]`."""
-    pairs = codes.contiguous().view(torch.int16)
+    pairs = _contiguous(codes).view(torch.int16)
     return pairs.bitwise_or(pairs >> 4).to(torch.uint8)
 
 
@@ -28,13 +28,13 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 `[..., columns]` -> int32 `[..., columns * bits / 32]`, for 4 or 8 bits."""
-    data = pack_nibbles(codes) if bits == 4 else codes.contiguous()
+    data = pack_nibbles(codes) if bits == 4 else _contiguous(codes)
     return data.view(torch.int32)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 `[..., n]` -> uint8 `[..., 32 n / bits]`."""
-    data = words.contiguous().view(torch.uint8)
+    data = _contiguous(words).view(torch.uint8)
     return unpack_nibbles(data) if bits == 4 else data
 
 
@@ -48,3 +48,8 @@ def awq_reorder(codes: Tensor) -> Tensor:
     """Outputs in their own order again."""
     order = torch.tensor([_AWQ_ORDER.index(i) for i in range(8)])
     return codes.unflatten(-1, (-1, 8)).index_select(-1, order).flatten(-2)
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """With strides that other dtypes can be seen under, also those of dimensions of one element."""
+    return tensor.reshape(-1).view(tensor.shape)
