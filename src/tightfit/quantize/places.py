@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from tightfit.model.blocks.base import Block, Place
 from tightfit.model.blocks.mlp import MoE
-from tightfit.model.layout import Weight
 from tightfit.model.quantization.recipe import split_experts
-from tightfit.model.quantization.written import matrices, module_name
+from tightfit.model.quantization.written import matrices
 from tightfit.model.spec import Layer, ModelSpec
 
 ATTENTION, MLP, EXPERTS, SHARED = "attention", "mlp", "experts", "shared experts"
@@ -24,45 +23,32 @@ class Where:
 
 
 def places(spec: ModelSpec) -> Mapping[str, Where]:
-    """Where each matrix is that can be quantized, by module; `experts.0` stands for all."""
+    """Where each matrix is that can be quantized, by module; every expert has its own."""
     kinds = {
-        name: kind for i, layer in enumerate(spec.layers) for name, kind in _of(spec, i, layer)
+        name: kind
+        for number, layer in enumerate(spec.layers)
+        for name, kind in _kinds(spec, number, layer)
     }
     found = {}
     for weight in matrices(spec):
+        layer = weight.where if isinstance(weight.where, int) else None
+        kind = EXPERTS if weight.experts else kinds.get(weight.name, TOWERS)
         for part in split_experts(weight).parts:
-            module = module_name(part.source)
-            layer = weight.where if isinstance(weight.where, int) else None
-            outside = HEAD if module == spec.names.head else TOWERS
-            found[module] = Where(kind=kinds.get(weight.name, outside), layer=layer)
+            for expert in range(max(weight.experts, 1)):
+                module = part.source.format(expert=expert).removesuffix(".weight")
+                outside = HEAD if module == spec.names.head else kind
+                found[module] = Where(kind=outside, layer=layer)
     return found
 
 
-def first_expert(module: str) -> str:
-    """The module that stands for all experts: `mlp.experts.7.up_proj` -> `mlp.experts.0.up_proj`."""
-    parts = module.split(".")
-    for at in range(1, len(parts)):
-        if parts[at].isdigit() and parts[at - 1].endswith("experts"):
-            parts[at] = "0"
-    return ".".join(parts)
-
-
-def _of(spec: ModelSpec, number: int, layer: Layer) -> Iterator[tuple[str, str]]:
+def _kinds(spec: ModelSpec, number: int, layer: Layer) -> Iterator[tuple[str, str]]:
     """Names of an engine's weights in a layer, each with its kind."""
-    place = Place(
-        prefix=f"{spec.names.layers}.{number}", where=number, hidden_size=spec.hidden_size
-    )
-
-    def named(block: Block, kind: str) -> Iterator[tuple[str, str]]:
-        return ((weight.name, _kind(weight, kind)) for weight in block.weights(place))
-
-    for mixer in layer.mixers:
-        yield from named(mixer, ATTENTION)
+    prefix = f"{spec.names.layers}.{number}"
+    place = Place(prefix=prefix, where=number, hidden_size=spec.hidden_size)
+    blocks: list[tuple[Block, str]] = [(mixer, ATTENTION) for mixer in layer.mixers]
     if layer.mlp is not None:
-        yield from named(layer.mlp, SHARED if isinstance(layer.mlp, MoE) else MLP)
-    for extra in layer.extras:
-        yield from named(extra, EXTRAS)
-
-
-def _kind(weight: Weight, kind: str) -> str:
-    return EXPERTS if weight.experts else kind
+        blocks.append((layer.mlp, SHARED if isinstance(layer.mlp, MoE) else MLP))
+    blocks += [(extra, EXTRAS) for extra in layer.extras]
+    for block, kind in blocks:
+        for weight in block.weights(place):
+            yield weight.name, kind
