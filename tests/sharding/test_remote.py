@@ -15,7 +15,7 @@ from tightfit.model.stored import stored_layout
 from tightfit.sharding.manifest import Manifest
 from tightfit.sharding.merge import merge, prepare_merge
 from tightfit.sharding.remote import upload
-from tightfit.sharding.remote.merge import merge_to
+from tightfit.sharding.remote.plain import write_to
 from tightfit.sharding.remote.upload import shard_to
 from tightfit.sharding.shard import ShardJob, prepare, shard
 from tightfit.sharding.stream import by_part
@@ -158,15 +158,15 @@ def test_an_interrupted_merge(
     job = prepare_merge(open_checkpoint(str(tmp_path / "four")), max_shard_bytes=10**5)
     url = f"s3://{bucket}/out"
     with pytest.raises(KeyboardInterrupt):
-        merge_to(job, url, Stop(0.7))
+        write_to(job, url, Stop(0.7))
     there = s3.keys(bucket, "out/")
     complete = {key for key in there if key.endswith(".safetensors")}
     assert complete
     assert "config.json" not in there
     with pytest.raises(OutputError, match="holds an unfinished output"):
-        merge_to(job, url, NoProgress())
+        write_to(job, url, NoProgress())
     bars = Stop(2.0)
-    merge_to(job, url, bars, resume=True)
+    write_to(job, url, bars, resume=True)
     left = [part.nbytes for part in job.parts if part.name not in complete]
     assert bars.totals["uploading"] == sum(left)
     merge(job, tmp_path / "merged", NoProgress())

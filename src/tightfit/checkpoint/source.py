@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tightfit.errors import CheckpointError, ConfigError
 
@@ -116,6 +116,10 @@ class LocalSource:
         repo = root.parent.parent
         if root.parent.name == "snapshots" and "--" in repo.name:
             self._roots += [repo / "blobs", repo.parent / "blobs"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The same for processes with other working directories."""
+        return {**vars(self), "directory": Path(os.path.abspath(self.directory))}
 
     def exists(self, path: str) -> bool:
         """Whether there is a readable regular file; a link that leads nowhere is none."""

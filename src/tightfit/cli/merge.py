@@ -53,9 +53,9 @@ def merge(
     if not dry_run:
         with progress(quiet=quiet) as bars:
             if is_remote(out):
-                from tightfit.sharding.remote.merge import merge_to
+                from tightfit.sharding.remote.plain import write_to
 
-                merge_to(job, out, bars, resume=resume, notice=note)
+                write_to(job, out, bars, resume=resume, notice=note)
             else:
                 write(job, local_path_of(out), bars, resume=resume)
     if job.not_returned and not quiet:

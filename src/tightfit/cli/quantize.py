@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
-from tightfit.checkpoint.source import is_remote, local_path_of
+from tightfit.checkpoint.source import is_remote
 from tightfit.cli import options as o
 from tightfit.cli.output import guarded, one_line, print_json, progress
 from tightfit.errors import UsageError
@@ -71,7 +71,7 @@ def quantize(
     job = write_job(prepare(checkpoint, wish, method=method), max_shard_bytes=size)
     if not dry_run:
         with progress(quiet=quiet) as bars:
-            write(job, local_path_of(out), bars, resume=resume)
+            write(job, out, bars, resume=resume)
     if as_json:
         print_json({"schema": 1, "output": out, "total_bytes": job.output_bytes})
     elif not quiet:

@@ -7,7 +7,6 @@ forgotten is made again, to the same bytes.
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -26,8 +25,11 @@ from tightfit.units import MiB, dtype_bytes
 
 FILE = "model.safetensors"
 _KEPT_BYTES = 256 * MiB
+"""Of tensors that nobody has begun to read: scales that lie far away from their matrix."""
 
 U = TypeVar("U")
+_Key = tuple[int, str]
+"""Number of the unit, and kind of the tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,35 +141,46 @@ class ComputedSource(ABC, Generic[U]):
         if (kept := entry.kept) is not None:
             at = kept.info.offset
             return kept.source.read(kept.info.file, at + first, at + last)
+        key = entry.made, entry.kind
         with self._locks[entry.made]:
             with self._lock:
-                data = self._cache.get((entry.made, entry.kind))
+                data = self._cache.get(key)
             if data is None:
                 made = self._bytes_of(self._made[entry.made])
                 data = made[entry.kind]
                 with self._lock:
                     for kind, one in made.items():
-                        self._cache[entry.made, kind] = one
-                        self._left[entry.made, kind] = len(one)
+                        self._keep((entry.made, kind), one, asked=kind == entry.kind)
             found = bytes(data[first:last])
             with self._lock:
-                self._drop((entry.made, entry.kind), last - first)
+                self._has_read(key, last - first)
         return found
 
-    def _drop(self, key: tuple[int, str], nbytes: int) -> None:
-        """Forget what has been read, and what was kept for too long."""
-        if key in self._left:
-            self._left[key] -= nbytes
-            if self._left[key] <= 0:
-                del self._left[key], self._cache[key]
-        held = sum(map(len, self._cache.values()))
-        while held > _KEPT_BYTES and len(self._cache) > 1:
-            oldest = next(iter(self._cache))
-            if oldest == key:
-                self._cache.move_to_end(oldest)
-                continue
-            held -= len(self._cache.pop(oldest))
-            self._left.pop(oldest, None)
+    def _keep(self, key: _Key, data: memoryview, *, asked: bool) -> None:
+        """Until it has been read; what was made again is kept if somebody will ask for it."""
+        if key not in self._cache and (asked or key not in self._done):
+            self._cache[key] = data
+            self._left[key] = len(data)
+            self._held += len(data)
+
+    def _has_read(self, key: _Key, nbytes: int) -> None:
+        """Forget what has been read, and what nobody has begun to read for too long."""
+        if key not in self._left:
+            return
+        self._left[key] -= nbytes
+        if self._left[key] <= 0:
+            self._done.add(key)
+            self._forget_one(key)
+        if self._held > _KEPT_BYTES:
+            for one in list(self._cache):
+                if self._left[one] == len(self._cache[one]):
+                    self._forget_one(one)
+                if self._held <= _KEPT_BYTES:
+                    break
+
+    def _forget_one(self, key: _Key) -> None:
+        self._held -= len(self._cache.pop(key))
+        del self._left[key]
 
     def _bytes_of(self, unit: Made[U]) -> dict[str, memoryview]:
         tensors = self.make(unit.unit)
@@ -191,12 +204,14 @@ class ComputedSource(ABC, Generic[U]):
     def _forget(self) -> None:
         self._lock = Lock()
         self._locks = [Lock() for _ in self._made]
-        self._cache: OrderedDict[tuple[int, str], memoryview] = OrderedDict()
-        self._left: dict[tuple[int, str], int] = {}
+        self._cache: dict[_Key, memoryview] = {}
+        self._left: dict[_Key, int] = {}
+        self._done: set[_Key] = set()
+        self._held = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without locks, and what has been made."""
-        hidden = ("_lock", "_locks", "_cache", "_left")
+        hidden = ("_lock", "_locks", "_cache", "_left", "_done", "_held")
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

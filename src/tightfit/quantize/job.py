@@ -13,6 +13,7 @@ from tightfit.model.quantization.section import section
 from tightfit.model.quantization.written import Decisions, Wish, decide, written
 from tightfit.model.sources import expected_sources
 from tightfit.model.spec import ModelSpec
+from tightfit.quantize.admission import admit
 from tightfit.quantize.computed_source import FILE, Kept
 from tightfit.quantize.encoding import EncodedSource
 from tightfit.quantize.matrices import Matrix, quantized_matrices
@@ -43,6 +44,7 @@ def prepare(
     wish: Wish,
     *,
     method: str = "rtn",
+    tensor_parallel_size: int = 1,
     given: Mapping[str, Kept] = MappingProxyType({}),
 ) -> QuantizeJob:
     """Decide what becomes of every tensor.
@@ -51,12 +53,14 @@ def prepare(
         checkpoint: an unquantized one.
         wish: what the user wants.
         method: one of `METHODS`.
+        tensor_parallel_size: ranks that have to be able to load the result.
         given: tensors of the result that are there already, by name, as calibration leaves them:
             they take the place of those that would be computed or copied, and may be further ones.
 
     Raises:
         CheckpointError: the source lacks weights, or they are not what config.json says.
-        LayoutError: groups or blocks do not divide a matrix.
+        LayoutError: groups or blocks do not divide a matrix, or what a rank holds of it
+            (`RefusedError`), or the model cannot be cut for so many ranks.
         UnsupportedModelError: the architecture is not known, the checkpoint is quantized already,
             or engines could not load the result.
         UsageError: a rule matches nothing.
@@ -75,6 +79,7 @@ def prepare(
             hint="`tightfit plan` says what is known of it",
         )
     decisions = decide(spec, wish)
+    admit(spec, wish, decisions, tensor_parallel_size=tensor_parallel_size)
     recipe = written(spec, wish)
     tensors = checkpoint.tensors()
     matrices = quantized_matrices(spec, decisions, tensors)

@@ -1,28 +1,34 @@
 """`tightfit quantize`: write the checkpoint that a job describes, and vouch for it."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
-from tightfit import __version__
+import torch
+
+from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
+from tightfit.errors import OutputError, UsageError
 from tightfit.executors import Executor
 from tightfit.model.layout import Parallel, RankTensor
 from tightfit.quantize.computed_source import ComputedSource
 from tightfit.quantize.job import QuantizeJob
+from tightfit.quantize.manifest import Manifest, read_manifest
+from tightfit.quantize.recipe_file import document_of
 from tightfit.sharding.boxes import whole
 from tightfit.sharding.copies import plan_copies
-from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint
+from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint, stored_file
 from tightfit.sharding.parts import natural
 from tightfit.sharding.plain import PlainJob, plain_parts
 from tightfit.sharding.plain_output import PlainOutput
 from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.content import damages
+from tightfit.sharding.proof.headers import file_problems
 from tightfit.sharding.shard import Checksums, write_parts
-from tightfit.sharding.side_files import config_text, copied_side_files
+from tightfit.sharding.side_files import copied_side_files
 from tightfit.sharding.stream.source_files import SourceFiles
-
-FORMAT = "tightfit-quantize-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,46 +37,41 @@ class WriteJob(PlainJob):
 
     verb: str = "quantize"
     method: str
-    config: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    calibration: Mapping[str, Any]
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """What is made of the weights as well."""
-        section = self.config["quantization_config"]
+        section = self.checkpoint.config["quantization_config"]
         return {
             **super(WriteJob, self).identity,
             "method": self.method,
+            "recipe": json.loads(json.dumps(self.recipe)),
             "quantization_config": json.loads(json.dumps(section)),
+            "calibration": dict(self.calibration),
         }
 
-    def manifest(self, checksums: Checksums) -> bytes:
-        """What vouches for the files: where they come from, and a checksum of every tensor."""
-        document = {
-            "format": FORMAT,
-            "tightfit": __version__,
-            "method": self.method,
-            "source": {"name": self.checkpoint.name, "fingerprint": self.source_fingerprint},
-            "files": [
-                {
-                    "name": part.name,
-                    "nbytes": part.nbytes,
-                    "tensors": {
-                        one.tensor.name: {
-                            "offset": one.offset,
-                            "nbytes": one.tensor.nbytes,
-                            "xxh3": checksums[part.name, one.tensor.name],
-                        }
-                        for one in part.placed
-                    },
-                }
-                for part in self.parts
-            ],
-        }
-        return json.dumps(document, separators=(",", ":")).encode()
+    def manifest(self, checksums: Mapping[tuple[str, str], str]) -> bytes:
+        """What vouches for the files: how they were made, and a checksum of every tensor."""
+        return Manifest(
+            source_name=self.checkpoint.name,
+            recipe=self.recipe,
+            job=self.identity,
+            files=tuple(
+                replace(file, tensors=tuple(replace(one, pieces=()) for one in file.tensors))
+                for file in (stored_file(part, checksums) for part in self.parts)
+            ),
+        ).encoded()
 
 
-def write_job(job: QuantizeJob, *, max_shard_bytes: int) -> WriteJob:
-    """Distribute the tensors over files."""
+def write_job(
+    job: QuantizeJob,
+    *,
+    max_shard_bytes: int,
+    calibration: Mapping[str, Any] = MappingProxyType({}),
+) -> WriteJob:
+    """Distribute the tensors over files; `calibration` is what values depend on beside weights."""
     virtual = job.virtual
     infos = virtual.tensors()
     tensors = [
@@ -97,37 +98,96 @@ def write_job(job: QuantizeJob, *, max_shard_bytes: int) -> WriteJob:
         cut_fingerprint=cut_fingerprint(tensors),
         bundles=source.bundles(),
         method=job.method,
-        config=virtual.config,
+        recipe=document_of(job.wish),
+        calibration=calibration,
     )
 
 
 def write(
     job: WriteJob,
-    directory: Path,
+    out: str,
     progress: Progress,
     *,
     resume: bool = False,
     executor: Executor | None = None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write the weights, the side files, the manifest and last the config: all, or nothing.
 
-    With `resume` only what is missing in the directory is written, and what is there stays
-    whatever happens. An `executor` gets one task per file.
+    With `resume`, and at a URL always, what is complete stays whatever happens; `resume` goes on
+    with it, and proves by checksums what is finished. An `executor` gets one task per file.
+    `notice` is told what an interruption leaves at a URL.
 
     Raises:
-        OutputError: the directory holds something else, or cannot be written.
+        OutputError: `out` holds something else, or cannot be written.
         CheckpointError: a source file is truncated, holds what cannot be quantized, or changed
             meanwhile.
         TaskLostError: workers of the executor died, again and again.
+        UsageError: an executor cannot write to a URL.
     """
-    virtual = job.checkpoint
+    with _one_thread_each():
+        if is_remote(out):
+            from tightfit.sharding.remote.plain import write_to
+
+            if executor is not None:
+                raise UsageError(
+                    f"an executor writes to a shared directory, and not to {out}",
+                    hint="leave out --executor",
+                )
+            written = write_to(job, out, progress, resume=resume, notice=notice)
+        else:
+            written = _write_here(job, out, progress, resume=resume, executor=executor)
+    if not written:
+        _require_same(job, open_source(out), progress)
+
+
+def _write_here(
+    job: WriteJob, out: str, progress: Progress, *, resume: bool, executor: Executor | None
+) -> bool:
+    path, virtual = local_path_of(out), job.checkpoint
     with (
-        PlainOutput(directory, job, resume=resume, beside=copied_side_files(virtual)) as output,
+        PlainOutput(path, job, resume=resume, beside=copied_side_files(virtual)) as output,
         SourceFiles(virtual.source) as files,
     ):
         if output.finished:
-            return
+            return False
         output.check_side_files()
-        checksums = write_parts(job, output, files, progress, executor)
+        checksums: Checksums = write_parts(job, output, files, progress, executor)
         output.write_side_files()
-        output.finish(config_text(job.config), job.index, job.manifest(checksums))
+        output.finish(checksums)
+    return True
+
+
+def _require_same(job: WriteJob, place: Source, progress: Progress) -> None:
+    """Prove that what is finished is what this job would write, as far as checksums can.
+
+    Raises:
+        OutputError: it is of another job, or damaged.
+        VerificationError: its manifest is.
+    """
+    manifest = read_manifest(place)
+    for key, value in job.identity.items():
+        if manifest.job.get(key) != value:
+            raise OutputError(
+                f"{place.label} holds another quantized checkpoint: its {key} is "
+                f"{manifest.job.get(key)!r:.80}, and not {value!r:.80}",
+                hint="give a new directory, or the same options and source as there",
+            )
+    found = [one for file in manifest.files for one in file_problems(place, file)]
+    found = found or [*damages(place, manifest.files, progress)]
+    if found:
+        raise OutputError(
+            f"{place.label} is finished, and damaged: {found[0]}",
+            hint="remove it, and quantize the model again",
+        )
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Matrices are encoded several at a time, each by one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

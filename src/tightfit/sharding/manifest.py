@@ -71,6 +71,15 @@ class StoredFile:
     nbytes: int
     tensors: tuple[StoredTensor, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The document."""
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "nbytes": self.nbytes,
+            "tensors": {tensor.name: tensor.to_json() for tensor in self.tensors},
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
@@ -131,15 +140,7 @@ class Manifest:
                 "fingerprint": self.source_fingerprint,
                 "left_out": dict(self.left_out),
             },
-            "files": [
-                {
-                    "name": file.name,
-                    "rank": file.rank,
-                    "nbytes": file.nbytes,
-                    "tensors": {tensor.name: tensor.to_json() for tensor in file.tensors},
-                }
-                for file in self.files
-            ],
+            "files": [file.to_json() for file in self.files],
         }
 
 
@@ -155,27 +156,6 @@ def make_manifest(
     checksums: Mapping[tuple[str, str], str],
 ) -> Manifest:
     """Describe finished parts; `checksums` are by file and tensor name."""
-    files = tuple(
-        StoredFile(
-            name=part.name,
-            rank=part.rank.rank,
-            nbytes=part.nbytes,
-            tensors=tuple(
-                StoredTensor(
-                    name=one.tensor.name,
-                    dtype=one.tensor.dtype,
-                    shape=one.tensor.shape,
-                    offset=one.offset,
-                    nbytes=one.tensor.nbytes,
-                    xxh3=checksums[part.name, one.tensor.name],
-                    fill=one.tensor.fill,
-                    pieces=one.tensor.pieces,
-                )
-                for one in part.placed
-            ),
-        )
-        for part in parts
-    )
     return Manifest(
         tightfit=__version__,
         layout=layout,
@@ -185,8 +165,30 @@ def make_manifest(
         expert_parallel=parallel.expert_parallel,
         source_name=source_name,
         source_fingerprint=source_fingerprint,
-        files=files,
+        files=tuple(stored_file(part, checksums) for part in parts),
         left_out=left_out,
+    )
+
+
+def stored_file(part: Part, checksums: Mapping[tuple[str, str], str]) -> StoredFile:
+    """A finished part."""
+    return StoredFile(
+        name=part.name,
+        rank=part.rank.rank,
+        nbytes=part.nbytes,
+        tensors=tuple(
+            StoredTensor(
+                name=one.tensor.name,
+                dtype=one.tensor.dtype,
+                shape=one.tensor.shape,
+                offset=one.offset,
+                nbytes=one.tensor.nbytes,
+                xxh3=checksums[part.name, one.tensor.name],
+                fill=one.tensor.fill,
+                pieces=one.tensor.pieces,
+            )
+            for one in part.placed
+        ),
     )
 
 
@@ -251,16 +253,25 @@ def cut_fingerprint(tensors: Iterable[RankTensor]) -> str:
     return digest.hexdigest()
 
 
-def _parse(document: Mapping[str, Any]) -> Manifest:
-    files = tuple(
+def stored_files(entries: Iterable[Mapping[str, Any]]) -> tuple[StoredFile, ...]:
+    """The files of a document.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: they are not as ours.
+    """
+    return tuple(
         StoredFile(
             name=_text(file["name"]),
             rank=_size(file["rank"]),
             nbytes=_size(file["nbytes"]),
             tensors=tuple(_tensors(file["tensors"])),
         )
-        for file in document["files"]
+        for file in entries
     )
+
+
+def _parse(document: Mapping[str, Any]) -> Manifest:
+    files = stored_files(document["files"])
     tensor_parallel_size = _size(document["tensor_parallel_size"]) or _wrong(0)
     pipeline_parallel_size = _size(document["pipeline_parallel_size"]) or _wrong(0)
     ranks = {file.rank for file in files}

@@ -22,7 +22,7 @@ from tightfit.sharding.proof.compare import same_bytes
 from tightfit.sharding.proof.content import differences
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
 from tightfit.sharding.shard import write_parts
-from tightfit.sharding.side_files import config_text, copied_side_files
+from tightfit.sharding.side_files import copied_side_files
 from tightfit.sharding.stream.source_files import SourceFiles
 
 
@@ -101,9 +101,9 @@ def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = 
             _require_same(job, directory, progress)
             return
         output.check_side_files()
-        write_parts(job, output, files, progress)
+        checksums = write_parts(job, output, files, progress)
         output.write_side_files()
-        output.finish(config_text(checkpoint.config), job.index)
+        output.finish(checksums)
 
 
 def _require_same(job: MergeJob, directory: Path, progress: Progress) -> None:

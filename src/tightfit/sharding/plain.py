@@ -1,12 +1,13 @@
 """Jobs that write a plain checkpoint, which anything loads: one rank, and an index of its files."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tightfit.model.layout import Rank, RankTensor
 from tightfit.sharding.job import Job
 from tightfit.sharding.parts import Part, fill, make_part
+from tightfit.sharding.side_files import config_text
 
 # transformers refuses files that do not say so.
 _METADATA = {"format": "pt"}
@@ -23,6 +24,15 @@ class PlainJob(Job):
     def manifest_name(self) -> str:
         """What vouches for the files, of jobs that write such a thing."""
         return f"tightfit-{self.verb}.json"
+
+    @property
+    def config_text(self) -> str:
+        """What makes a checkpoint of the files."""
+        return config_text(self.checkpoint.config)
+
+    def manifest(self, checksums: Mapping[tuple[str, str], str]) -> bytes | None:
+        """What vouches for the files, if anything; `checksums` are by file and tensor name."""
+        return None
 
     @property
     def index(self) -> str | None:

@@ -5,7 +5,7 @@ and its journal goes after that: a directory with a journal is an unfinished one
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,22 +30,23 @@ class PlainOutput(ShardOutput):
         self, path: Path, job: PlainJob, *, resume: bool, beside: Iterable[SideFile]
     ) -> None:
         super().__init__(path, job, resume=resume, beside=beside)
-        self._verb = job.verb
-        self._journal, self._manifest = f"tightfit-{job.verb}.journal", job.manifest_name
+        self._plain = job
+        self._journal = f"tightfit-{job.verb}.journal"
 
     def journal_name(self, rank: int) -> str:
         """Where what is complete is noted."""
         return self._journal
 
-    def finish(self, config: str, index: str | None, manifest: bytes | None = None) -> None:
+    def finish(self, checksums: Mapping[tuple[str, str], str]) -> None:
         """Bring everything to disk and give it its names, the config at last."""
+        job = self._plain
         with self._errors(self.path, 0):
             self._name_parts()
-            if index is not None:
-                self._write(self.path / INDEX, [index.encode()])
-            if manifest is not None:
-                self._write(self.path / self._manifest, [manifest])
-            self._write(self.path / CONFIG, [config.encode()])
+            if job.index is not None:
+                self._write(self.path / INDEX, [job.index.encode()])
+            if (manifest := job.manifest(checksums)) is not None:
+                self._write(self.path / job.manifest_name, [manifest])
+            self._write(self.path / CONFIG, [job.config_text.encode()])
             self._committed = True
             for journal in self._journals.values():
                 journal.close(remove=True)
@@ -57,14 +58,14 @@ class PlainOutput(ShardOutput):
         path, parts = self.path, {part.name for part in self._job.parts}
         allowed = {CONFIG, INDEX, *parts, *side_files(self._job.checkpoint)}
         foreign = {name for name in names - allowed if not name.endswith(".partial")}
-        foreign -= {self._journal, self._manifest}
+        foreign -= {self._journal, self._plain.manifest_name}
         begun = self._journal in names and not foreign
         if begun and self._resume:
             mine, other = self._job.identity, read_job(path / self._journal)
             for key in mine:
                 if other is not None and other.get(key) != mine[key]:
                     raise OutputError(
-                        f"{path} is the beginning of another {self._verb}: its {key} is "
+                        f"{path} is the beginning of another {self._plain.verb}: its {key} is "
                         f"{other.get(key)!r:.80}, and not {mine[key]!r}",
                         hint="give a new directory, or the same options and source as there",
                     )

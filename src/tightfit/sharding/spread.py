@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from tightfit.checkpoint.source import LocalSource, Source
+from tightfit.checkpoint.source import Source
 from tightfit.checkpoint.writer import is_about, output_error, reserve
 from tightfit.errors import CheckpointError, OutputError
 from tightfit.executors import Advance, Executor
@@ -81,7 +81,7 @@ def spread(
         OutputError: a file cannot be written, or its directory is not shared.
         TaskLostError: the workers of a task died, again and again.
     """
-    shared = Shared(source=_anywhere(job.checkpoint.source), sources=sources, left=output.left)
+    shared = Shared(source=job.checkpoint.source, sources=sources, left=output.left)
     todo = {part.name for part in output.todo()}
     works = [work for work in plan_parts(job) if work.part.name in todo]
     found: Checksums = {}
@@ -200,13 +200,6 @@ def _told(error: OSError, path: Path, part: Part, shared: Shared) -> OutputError
         f"cannot read {error.filename or shared.source.label}: {error.strerror or error}",
         hint="check the path, its permissions and the health of the disk",
     )
-
-
-def _anywhere(source: Source) -> Source:
-    """The same for processes with other working directories."""
-    if isinstance(source, LocalSource):
-        return LocalSource(_absolute(source.directory), source.label)
-    return source
 
 
 def _absolute(path: Path) -> Path:

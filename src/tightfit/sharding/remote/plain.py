@@ -1,4 +1,4 @@
-"""`tightfit merge` to a distant store: weights, index, what goes with them, and the config last.
+"""Plain checkpoints on a distant store: weights, index, what goes with them, and the config last.
 
 Nothing loads a directory without a config. Until it comes, notes beside the weights prove them as
 for `shard`; after it they go.
@@ -9,34 +9,40 @@ from collections.abc import Callable
 from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.checkpoint.remote_output import RemoteDirectory
 from tightfit.errors import OutputError
-from tightfit.sharding.merge import MergeJob
+from tightfit.sharding.plain import PlainJob
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.ranks import job_of, part_note
 from tightfit.sharding.remote.upload import Upload, copy_side_files
-from tightfit.sharding.side_files import config_text, side_files
+from tightfit.sharding.side_files import side_files
 
 
-def merge_to(
-    job: MergeJob,
+def write_to(
+    job: PlainJob,
     url: str,
     progress: Progress,
     *,
     resume: bool = False,
     notice: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Check the rank files, and write the checkpoint to an fsspec URL.
+) -> bool:
+    """Write the checkpoint to an fsspec URL; what it is made of is checked first.
 
     What is complete stays whatever happens, and `resume` goes on with it. `notice` is told what
     an interruption leaves.
 
+    Returns:
+        False if all files of such a job were there before, with what vouches for them: whether
+        they hold what they should is yet to be seen.
+
     Raises:
         OutputError: there is something else, or it cannot be written.
-        VerificationError: a tensor is damaged, or ranks hold different copies of it.
-        CheckpointError: a rank file is truncated, or changed meanwhile.
+        VerificationError: a tensor of rank files is damaged, or ranks hold different copies of it.
+        CheckpointError: a source file is truncated, or changed meanwhile.
     """
     place = RemoteDirectory(url)
     names = place.names()
     notes = {part_note(part.rank.rank, part.name) for part in job.parts}
+    if resume and not names & notes and names >= {CONFIG, job.manifest_name, *_parts(job)}:
+        return False
     if names:
         _check_there(place, names, notes, job, resume=resume)
     place.prepare()
@@ -45,16 +51,23 @@ def merge_to(
     if job.index is not None:
         place.write(INDEX, [job.index.encode()])
     copy_side_files(job.checkpoint, place)
-    place.write(CONFIG, [config_text(job.checkpoint.config).encode()])
+    if (manifest := job.manifest(upload.checksums)) is not None:
+        place.write(job.manifest_name, [manifest])
+    place.write(CONFIG, [job.config_text.encode()])
     place.remove(notes)
+    return True
+
+
+def _parts(job: PlainJob) -> set[str]:
+    return {part.name for part in job.parts}
 
 
 def _check_there(
-    place: RemoteDirectory, names: set[str], notes: set[str], job: MergeJob, *, resume: bool
+    place: RemoteDirectory, names: set[str], notes: set[str], job: PlainJob, *, resume: bool
 ) -> None:
-    parts = {part.name for part in job.parts}
     begun = bool(names & notes)
-    foreign = names - parts - notes - {INDEX, CONFIG, *side_files(job.checkpoint)}
+    ours = {INDEX, CONFIG, job.manifest_name, *side_files(job.checkpoint)}
+    foreign = names - _parts(job) - notes - ours
     if foreign or not begun or not resume:
         unfinished = begun and not foreign
         raise OutputError(
@@ -71,7 +84,7 @@ def _check_there(
         for key, value in job.identity.items():
             if other is not None and other.get(key) != value:
                 raise OutputError(
-                    f"{place.label} is the beginning of another merge: its {key} is "
+                    f"{place.label} is the beginning of another {job.verb}: its {key} is "
                     f"{other.get(key)!r:.80}, and not {value!r}",
                     hint="give a new directory, or the same options and source as there",
                 )
