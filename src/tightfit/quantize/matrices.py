@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError, UnsupportedModelError
 from tightfit.model.layout import Part, Weight
-from tightfit.model.quantization.forms import stored_forms
+from tightfit.model.quantization.forms import Form, stored_forms
 from tightfit.model.quantization.recipe import split_experts
 from tightfit.model.quantization.written import Choice, Decisions, matrices, module_name
 from tightfit.model.spec import ModelSpec
@@ -84,7 +84,7 @@ def _of(
                     hint=f"weights are quantized from {', '.join(FLOATS)}",
                 )
             source = apart.source.format(expert=expert)
-            rows, first, pitch = _place(weight, part, expert)
+            rows, first, pitch = place(weight, part, expert)
             yield Matrix(
                 module=source.removesuffix(".weight"),
                 source=info,
@@ -98,7 +98,7 @@ def _of(
                     form.kind: Output(
                         name=tensor.parts[number].source.format(expert=expert),
                         dtype=tensor.dtype or info.dtype,
-                        shape=tensor.source_shape(tensor.parts[number]),
+                        shape=_shape(form, tensor.source_shape(tensor.parts[number])),
                     )
                     for form, tensor in forms
                 },
@@ -106,8 +106,13 @@ def _of(
             )
 
 
-def _place(weight: Weight, part: Part, expert: int) -> tuple[int, int, int]:
-    """Rows, first element and pitch; a tensor that several parts share is one matrix."""
+def _shape(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What belongs to the inputs alone has one dimension: GPTQ's `g_idx`."""
+    return shape[-1:] if not form.rows and form.columns else shape
+
+
+def place(weight: Weight, part: Part, expert: int) -> tuple[int, int, int]:
+    """Rows, first element and pitch in a plain tensor; one shared by several parts is a matrix."""
     assert weight.columns is not None
     rows = part.source_rows or part.rows
     if not weight.stacked:

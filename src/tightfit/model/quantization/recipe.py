@@ -105,7 +105,7 @@ class Recipe(Quantization):
             part.source.removesuffix(".weight").replace("{expert}", "0")
             for part in self._split(weight).parts
         ]
-        found = {self._rule(module) for module in modules}
+        found = {self.module_forms(module) for module in modules}
         if len(found) > 1:
             raise UnsupportedModelError(
                 f"{weight.name} is made of {' and '.join(modules)}, which quantization_config "
@@ -141,7 +141,8 @@ class Recipe(Quantization):
                 return reason
         return None
 
-    def _rule(self, module: str) -> Forms | None:
+    def module_forms(self, module: str) -> Forms | None:
+        """The forms of a module by its name, as in the checkpoint."""
         if module in self.ignored:
             return None
         for rule in self.rules:
