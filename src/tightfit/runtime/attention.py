@@ -113,8 +113,14 @@ class SdpaAttention:
                 past_k, past_v = (
                     x.index_select(0, prefill.table).flatten(0, 1) for x in (keys, values)
                 )
-                _attend_alone(
-                    grouped[prefill.rows], q[prefill.rows], past_k, past_v, prefill, attention
+                attend_alone(
+                    grouped[prefill.rows],
+                    q[prefill.rows],
+                    past_k,
+                    past_v,
+                    attention,
+                    start=prefill.start,
+                    first_key=prefill.first_key,
                 )
             return out.flatten(1)
 
@@ -134,34 +140,41 @@ def _attend_together(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=decode.bias, scale=attention.scale)
 
 
-def _attend_alone(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, prefill: _Prefill, attention: Attention
+def attend_alone(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention: Attention,
+    *,
+    start: int = 0,
+    first_key: int = 0,
 ) -> None:
     """Many queries of one sequence: out and q [tokens, kv_heads, group, ...], k [keys, kv_heads].
 
     Without history and window the kernel masks by itself; otherwise chunks of queries bound the
-    size of the mask.
+    size of the mask. The queries are at positions `start` on, and the keys at `first_key` on.
     """
     tokens, kv_heads, group, _ = q.shape
-    start, window = prefill.start, attention.window
+    window = attention.window
     stop = start + tokens
     q, out = q.permute(1, 2, 0, 3), out.permute(1, 2, 0, 3)
-    k, v = (x[: stop - prefill.first_key].transpose(0, 1)[:, None] for x in (k, v))
+    k, v = (x[: stop - first_key].transpose(0, 1)[:, None] for x in (k, v))
     if start == 0 and attention.softcap is None and (window is None or window >= stop):
         k, v = (x.expand(-1, group, -1, -1) for x in (k, v))
         out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scale))
         return
-    seen = stop - prefill.first_key
+    seen = stop - first_key
     if attention.softcap is None:
         step = max(1, BIAS_ELEMENTS // seen)
     else:
         step = max(1, SCORE_ELEMENTS // (seen * kv_heads * group))
     for i in range(0, tokens, step):
         queries = torch.arange(start + i, min(start + i + step, stop), device=q.device)
-        first = prefill.first_key
+        first = first_key
         if window is not None:
             first = max(first, start + i - window + 1)
-        here = slice(first - prefill.first_key, start + i + len(queries) - prefill.first_key)
+        here = slice(first - first_key, start + i + len(queries) - first_key)
         positions = torch.arange(first, start + i + len(queries), device=q.device)
         bias = _bias(queries[:, None], positions, window, q.dtype)
         some, ks, vs = q[:, :, i : i + step], k[:, :, here], v[:, :, here]

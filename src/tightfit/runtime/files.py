@@ -1,14 +1,20 @@
-"""Safetensors files as tensors, without copying: a private memory map and views into it."""
+"""Safetensors files as tensors, without copying: a private memory map and views into it.
+
+Of files that are not here, memory of the tensors' sizes takes the place of the map, and what is
+needed is fetched into it.
+"""
 
 import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo, read_header
+from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
 from tightfit.units import KiB
 
@@ -31,6 +37,36 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 _PREFETCH_BYTES = 512 * KiB
 """The kernel cuts a request to what a device takes at once, and forgets the rest."""
+
+
+class WeightFile(Protocol):
+    """A file whose tensors can be looked at; ranges are bytes of the file."""
+
+    name: str
+
+    def view(self, info: TensorInfo) -> Tensor:
+        """The tensor's bytes as a tensor; they are there once they were fetched or populated."""
+        ...
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask for bytes that will soon be needed, without waiting."""
+        ...
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Have bytes where a view can read them."""
+        ...
+
+    def populate(self, start: int, stop: int) -> None:
+        """Have bytes in memory, to stay."""
+        ...
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the memory of bytes that are no longer needed."""
+        ...
+
+    def drop_all_but(self, kept: Iterable[tuple[int, int]]) -> None:
+        """Give back the memory of all others."""
+        ...
 
 
 class TensorFile:
@@ -67,23 +103,15 @@ class TensorFile:
         Raises:
             CheckpointError: a dtype that the runtime does not compute with.
         """
-        dtype = TORCH_DTYPES.get(info.dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"tensor {info.name!r} in {info.file} has dtype {info.dtype}, which the built-in "
-                "runtime does not load",
-                hint="serve this checkpoint with vLLM",
-            )
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        count = info.nbytes // dtype.itemsize
-        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=info.offset)
-        return flat.view(info.shape)
+        return _view(self._map, info, info.offset)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Let the kernel read bytes into its cache; this does not wait for them."""
         for at in range(start - start % mmap.PAGESIZE, stop, _PREFETCH_BYTES):
             self._map.madvise(mmap.MADV_WILLNEED, at, min(_PREFETCH_BYTES, stop - at))
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Nothing: the kernel reads pages when they are used."""
 
     def populate(self, start: int, stop: int) -> None:
         """Make the pages of these bytes resident."""
@@ -111,3 +139,76 @@ class TensorFile:
         for start, stop in [*sorted(kept), (len(self._map), len(self._map))]:
             self.drop(dropped, start)
             dropped = max(dropped, stop)
+
+
+class FetchedFile:
+    """A file of a source that has no local files, or whose tensors are computed."""
+
+    def __init__(self, name: str, source: Source) -> None:
+        self.name = name
+        self._source = source
+        self._maps: dict[int, tuple[mmap.mmap, Tensor]] = {}
+
+    def view(self, info: TensorInfo) -> Tensor:
+        """Memory for the tensor, which is not used before something is fetched.
+
+        Raises:
+            CheckpointError: a dtype that the runtime does not compute with.
+        """
+        if info.offset not in self._maps:
+            memory = mmap.mmap(-1, max(info.nbytes, 1))
+            self._maps[info.offset] = memory, _view(memory, info, 0)
+        return self._maps[info.offset][1]
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Nothing: sources have no such request."""
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Read bytes of one tensor.
+
+        Raises:
+            CheckpointError: the file ends before.
+        """
+        memory, first = self._map(start)
+        data = self._source.read(self.name, start, stop)
+        if len(data) != stop - start:
+            raise CheckpointError(
+                f"{self.name} is truncated: byte {start + len(data)} is missing",
+                hint="the file is incomplete or was truncated meanwhile; download it again",
+            )
+        memory[start - first : stop - first] = data
+
+    populate = fetch
+
+    def drop(self, start: int, stop: int) -> None:
+        """Give back the pages that lie within these bytes of one tensor."""
+        memory, first = self._map(start)
+        start, stop = start - first, stop - first
+        start += -start % mmap.PAGESIZE
+        if stop < len(memory):
+            stop -= stop % mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def drop_all_but(self, kept: Iterable[tuple[int, int]]) -> None:
+        """Nothing: what was not fetched takes no memory."""
+
+    def _map(self, at: int) -> tuple[mmap.mmap, int]:
+        """The tensor that a byte belongs to, and its first byte."""
+        first = max(offset for offset in self._maps if offset <= at)
+        return self._maps[first][0], first
+
+
+def _view(memory: mmap.mmap, info: TensorInfo, offset: int) -> Tensor:
+    dtype = TORCH_DTYPES.get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(
+            f"tensor {info.name!r} in {info.file} has dtype {info.dtype}, which the built-in "
+            "runtime does not load",
+            hint="serve this checkpoint with vLLM",
+        )
+    if info.nbytes == 0:
+        return torch.empty(info.shape, dtype=dtype)
+    count = info.nbytes // dtype.itemsize
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
+    return flat.view(info.shape)

@@ -3,7 +3,9 @@
 A layer takes its shapes from its tensors: how a weight is cut is known to `model.layout` alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +15,47 @@ from tightfit.errors import UnsupportedModelError
 from tightfit.planner.engines.builtin_memory import NORM_ROWS
 from tightfit.runtime.dist import World
 
-Weights = Mapping[str, Tensor]
-"""A rank's parameters by name."""
+
+class Matrix(Protocol):
+    """The weight of a linear layer, however it is held."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x @ weight.T + bias`: [tokens, inputs] -> [tokens, outputs]."""
+        ...
+
+
+class PlainMatrix:
+    """A tensor [outputs, inputs]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs]."""
+        return F.linear(x, self.weight, bias)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A rank's parameters by name: tensors, and matrices that are not simply held as a tensor.
+
+    `matrices` has one for a name, or one for each expert.
+    """
+
+    tensors: Mapping[str, Tensor]
+    matrices: Mapping[str, Sequence[Matrix]] = field(default_factory=dict)
+
+    def matrix(self, name: str) -> Matrix:
+        """The weight of a linear layer."""
+        if name in self.matrices:
+            return self.matrices[name][0]
+        return PlainMatrix(self.tensors[name])
+
+    def experts(self, name: str) -> Sequence[Matrix]:
+        """The weights of all experts of a layer."""
+        if name in self.matrices:
+            return self.matrices[name]
+        return [PlainMatrix(weight) for weight in self.tensors[name]]
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -36,15 +77,15 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class Linear:
-    """`x @ weight.T + bias`, with weight [outputs, inputs]: the rank's share of the outputs."""
+    """A matrix and perhaps a bias: the rank's share of the outputs."""
 
     def __init__(self, weights: Weights, name: str) -> None:
-        self.weight = weights[f"{name}.weight"]
-        self.bias = weights.get(f"{name}.bias")
+        self.matrix = weights.matrix(f"{name}.weight")
+        self.bias = weights.tensors.get(f"{name}.bias")
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
-        return F.linear(x, self.weight, self.bias)
+        return self.matrix(x, self.bias)
 
 
 class RowParallelLinear(Linear):
@@ -58,7 +99,7 @@ class RowParallelLinear(Linear):
         """[tokens, local inputs] -> [tokens, outputs]; the bias, whole everywhere, counts once."""
         if self.world.size == 1:
             return super().__call__(x)
-        out = self.world.all_reduce(F.linear(x, self.weight))
+        out = self.world.all_reduce(self.matrix(x))
         return out if self.bias is None else out.add_(self.bias)
 
 

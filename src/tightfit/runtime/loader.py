@@ -17,7 +17,7 @@ from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError
 from tightfit.model.layout import Piece, RankTensor
-from tightfit.runtime.files import TORCH_DTYPES, TensorFile
+from tightfit.runtime.files import TORCH_DTYPES, FetchedFile, TensorFile, WeightFile
 from tightfit.runtime.reads import Read, carry_out, copy, keep
 
 
@@ -75,7 +75,7 @@ def load_checkpoint(
     """Load a rank's share of a plain checkpoint.
 
     Args:
-        checkpoint: with local files.
+        checkpoint: with local files, or others, which are then read into memory.
         expected: the rank's tensors; the pieces say where their elements are.
         dtype: what to compute in; tensors of another floating dtype are converted.
         device: where to.
@@ -85,18 +85,16 @@ def load_checkpoint(
     """
     tensors = checkpoint.tensors()
     _check_sources(checkpoint, tensors, expected)
-    files: dict[str, TensorFile] = {}
+    files: dict[str, WeightFile] = {}
 
-    def find(piece: Piece) -> tuple[TensorFile, TensorInfo]:
+    def find(piece: Piece) -> tuple[WeightFile, TensorInfo]:
         info = tensors[piece.source]
         if info.file not in files:
             path = checkpoint.source.local_path(info.file)
             if path is None:
-                raise CheckpointError(
-                    f"{checkpoint.source.label} is not a local directory",
-                    hint="download the checkpoint first, and give its directory",
-                )
-            files[info.file] = TensorFile(path)
+                files[info.file] = FetchedFile(info.file, checkpoint.source)
+            else:
+                files[info.file] = TensorFile(path)
         return files[info.file], info
 
     reads: list[Read] = []
@@ -142,7 +140,7 @@ def _whole_source(tensor: RankTensor) -> Piece | None:
 
 
 def _take(
-    file: TensorFile,
+    file: WeightFile,
     info: TensorInfo,
     dtype: torch.dtype,
     device: torch.device,

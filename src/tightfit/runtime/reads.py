@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.runtime.files import TensorFile
+from tightfit.runtime.files import WeightFile
 from tightfit.units import MiB
 
 CHUNK_BYTES = 8 * MiB
@@ -27,7 +27,7 @@ _WIDENING = 2
 class Read:
     """Bytes of a file from `start` up to `stop`, and where they go; nowhere if they stay."""
 
-    file: TensorFile
+    file: WeightFile
     start: int
     stop: int
     source: Tensor | None = None
@@ -39,14 +39,14 @@ class Read:
         return self.stop - self.start
 
 
-def keep(file: TensorFile, info: TensorInfo) -> Iterator[Read]:
+def keep(file: WeightFile, info: TensorInfo) -> Iterator[Read]:
     """Use a tensor where it lies."""
     end = info.offset + info.nbytes
     for start in range(info.offset, end, CHUNK_BYTES):
         yield Read(file=file, start=start, stop=min(start + CHUNK_BYTES, end))
 
 
-def copy(file: TensorFile, info: TensorInfo, source: Tensor, target: Tensor) -> Iterator[Read]:
+def copy(file: WeightFile, info: TensorInfo, source: Tensor, target: Tensor) -> Iterator[Read]:
     """Copy a box of a tensor.
 
     Args:
@@ -75,6 +75,7 @@ def carry_out(reads: Iterable[Read], device: torch.device) -> None:
         if read.source is None or read.target is None:
             read.file.populate(read.start, read.stop)
             continue
+        read.file.fetch(read.start, read.stop)
         if uploads:
             uploads.copy(read.source, read.target)
         else:
@@ -82,7 +83,7 @@ def carry_out(reads: Iterable[Read], device: torch.device) -> None:
         read.file.drop(read.start, read.stop)
     if uploads:
         uploads.finish()
-    kept: dict[TensorFile, list[tuple[int, int]]] = {}
+    kept: dict[WeightFile, list[tuple[int, int]]] = {}
     for read in queue:
         ranges = kept.setdefault(read.file, [])
         if read.target is None:

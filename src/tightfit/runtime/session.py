@@ -25,6 +25,7 @@ from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.runtime.dist import World
 from tightfit.runtime.engine import Engine
 from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.layers import Weights
 from tightfit.runtime.loader import load_checkpoint, load_dummy, load_rank_files
 from tightfit.runtime.memory import CpuLedger, MemoryLedger
 from tightfit.runtime.options import EngineOptions, SamplingParams
@@ -176,7 +177,7 @@ def start(
         text = Text(checkpoint) if needs_text and world.rank == 0 else None
     with ledger.phase("weights"), together(world):
         weights = load()
-    worker = Worker(spec, rank, options, weights, world=world, ledger=ledger)
+    worker = Worker(spec, rank, options, Weights(tensors=weights), world=world, ledger=ledger)
     worker.warm_up()
     return Session(
         engine=Engine(worker),
@@ -324,7 +325,7 @@ def _exercise_libraries(options: EngineOptions, world: World) -> None:
     dtype = TORCH_DTYPES[options.dtype]
     tensors = tuple(weight.rank_tensor(rank, spec.dtype) for weight in parameters(spec))
     weights = load_dummy(tensors, dtype=dtype, device=world.device, seed=0)
-    Worker(spec, rank, toy, weights, world=world, ledger=CpuLedger()).warm_up()
+    Worker(spec, rank, toy, Weights(tensors=weights), world=world, ledger=CpuLedger()).warm_up()
 
 
 def _is_token_ids(prompt: Prompt) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tightfit.model.blocks.attention import Attention, QKNorm, Rope, head_axes
 from tightfit.model.blocks.mlp import DenseMLP, MoE
@@ -73,7 +72,7 @@ class QKNormHead:
     def __init__(self, spec: ModelSpec, weights: Weights, name: str) -> None:
         self.q_norm, self.k_norm = (
             RMSNorm(
-                weights[f"{name}.{norm}.weight"],
+                weights.tensors[f"{name}.{norm}.weight"],
                 eps=spec.norm_eps,
                 unit_offset=spec.norm_unit_offset,
             )
@@ -108,7 +107,7 @@ class QKNormFull:
         self.weights: list[Tensor] = []
         for norm, axis in zip(("q_norm", "k_norm"), axes, strict=True):
             first, rows = axis.span(rank)
-            weight = weights[f"{name}.{norm}.weight"][first : first + rows]
+            weight = weights.tensors[f"{name}.{norm}.weight"][first : first + rows]
             self.weights.append(weight.unflatten(0, (-1, attention.head_dim)))
         copies = max(1, world.size // attention.num_kv_heads)
         self.features = (axes[0].rows, axes[1].rows * copies)
@@ -166,7 +165,7 @@ class DecoderLayer:
             self.mlp = MLP(layer.mlp, weights, f"{name}.mlp", world)
         norms = iter(
             RMSNorm(
-                weights[f"{name}.{norm}.weight"],
+                weights.tensors[f"{name}.{norm}.weight"],
                 eps=spec.norm_eps,
                 unit_offset=spec.norm_unit_offset,
             )
@@ -211,11 +210,14 @@ class Decoder:
         assert axis is not None
         ranks = rank.parallel.ranks()
         self.vocab_shares = [axis.span(other)[1] for other in ranks]
-        embedding = weights[_EMBEDDING]
+        embedding = weights.tensors[_EMBEDDING]
         self.embed_tokens = VocabEmbedding(embedding, axis.span(rank)[0], world)
-        self.lm_head = embedding if spec.tie_word_embeddings else weights["lm_head.weight"]
+        tied = spec.tie_word_embeddings
+        self.lm_head = weights.matrix(_EMBEDDING if tied else "lm_head.weight")
         self.norm = RMSNorm(
-            weights["model.norm.weight"], eps=spec.norm_eps, unit_offset=spec.norm_unit_offset
+            weights.tensors["model.norm.weight"],
+            eps=spec.norm_eps,
+            unit_offset=spec.norm_unit_offset,
         )
         self.layers = [
             DecoderLayer(spec, layer, weights, i, rank, world)
@@ -242,7 +244,7 @@ class Decoder:
         Returns:
             float32 [rows, vocab_size] on rank 0, elsewhere None.
         """
-        local = F.linear(self.norm(hidden), self.lm_head)
+        local = self.lm_head(self.norm(hidden))
         shares = self.world.gather_columns(local, self.vocab_shares)
         if shares is None:
             return None

@@ -17,9 +17,9 @@ class MoELayer:
         self.top_k = moe.top_k
         self.renormalize = moe.renormalize
         self.activation = activation(moe.activation)
-        self.router = weights[f"{name}.gate.weight"]
-        self.w13 = weights[f"{name}.experts.w13_weight"]
-        self.w2 = weights[f"{name}.experts.w2_weight"]
+        self.router = weights.tensors[f"{name}.gate.weight"]
+        self.w13 = weights.experts(f"{name}.experts.w13_weight")
+        self.w2 = weights.experts(f"{name}.experts.w2_weight")
         self.world = world
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class MoELayer:
             for rows, picks in zip(
                 tokens.split(EXPERT_ROWS), choice.split(EXPERT_ROWS), strict=True
             ):
-                gate, up = F.linear(x[rows], self.w13[expert]).chunk(2, dim=-1)
-                result = F.linear(self.activation(gate).mul_(up), self.w2[expert])
+                gate, up = self.w13[expert](x[rows]).chunk(2, dim=-1)
+                result = self.w2[expert](self.activation(gate).mul_(up))
                 out.index_add_(0, rows, result.mul_(shares[rows, picks, None].to(x.dtype)))
         return self.world.all_reduce(out)
