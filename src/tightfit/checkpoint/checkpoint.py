@@ -6,9 +6,10 @@ for the tensors, and weights never.
 
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tightfit.checkpoint.files import CONFIG, INDEX, Weights, find_weights, read_config
@@ -43,9 +44,14 @@ class Checkpoint:
     is_sharded: bool = False
     unusable_weights: tuple[str, ...] = ()
     index: dict[str, str] | None = field(default=None, repr=False)
+    known: InitVar[Mapping[str, TensorInfo]] = MappingProxyType({})
+    """All tensors, where no header has to be read for them."""
     _tensors: dict[str, TensorInfo] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self, known: Mapping[str, TensorInfo]) -> None:
+        self._tensors.update(known)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors by name, from the headers of all files, read once.

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import xxhash
 from torch import Tensor, uint8
 
-from tightfit.checkpoint.header import TensorInfo, encode_header
+from tightfit.checkpoint.header import TensorInfo, encode_header, read_header
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
 from tightfit.quantize.matrices import Output
@@ -88,6 +88,10 @@ class ComputedSource(ABC, Generic[U]):
     @abstractmethod
     def make(self, unit: U) -> Mapping[str, Tensor]:
         """The tensors of a unit, by kind."""
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors of the file."""
+        return read_header(FILE, self._size, lambda start, stop: self._header[start:stop])
 
     def bundles(self) -> dict[str, str]:
         """Which unit each computed tensor belongs to: to be read together."""

@@ -128,6 +128,7 @@ def open_dequantized(checkpoint: Checkpoint) -> Checkpoint:
         config=_without_quantization(checkpoint.config),
         files=(FILE,),
         has_weights=True,
+        known=source.tensors(),
     )
 
 

@@ -18,8 +18,6 @@ from tightfit.quantize.computed_source import FILE, Kept
 from tightfit.quantize.encoding import EncodedSource
 from tightfit.quantize.matrices import Matrix, quantized_matrices
 
-METHODS = ("rtn", "mse", "gptq", "awq", "smoothquant")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob:
@@ -52,7 +50,7 @@ def prepare(
     Args:
         checkpoint: an unquantized one.
         wish: what the user wants.
-        method: one of `METHODS`.
+        method: one of `recipe_file.METHODS`.
         tensor_parallel_size: ranks that have to be able to load the result.
         given: tensors of the result that are there already, by name, as calibration leaves them:
             they take the place of those that would be computed or copied, and may be further ones.
@@ -104,7 +102,12 @@ def prepare(
         matrices=matrices,
         quantized_spec=replace(spec, quantization=recipe),
         virtual=Checkpoint(
-            name=checkpoint.name, source=source, config=config, files=(FILE,), has_weights=True
+            name=checkpoint.name,
+            source=source,
+            config=config,
+            files=(FILE,),
+            has_weights=True,
+            known=source.tensors(),
         ),
     )
 

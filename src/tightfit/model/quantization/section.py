@@ -9,7 +9,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.config import Config
 from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization.readers import READERS
 from tightfit.model.quantization.recipe import split_experts
 from tightfit.model.quantization.written import (
     COMPRESSED_TENSORS,
@@ -18,6 +21,7 @@ from tightfit.model.quantization.written import (
     Wish,
     matrices,
     module_name,
+    written,
 )
 from tightfit.model.spec import ModelSpec
 
@@ -96,11 +100,39 @@ def section(
         decisions: what became of each matrix.
         others: modules of matrices that the checkpoint holds and that are no part of the spec, such
             as those of layers that predict further tokens.
+
+    Raises:
+        UnsupportedModelError: the format has no words for the decisions.
     """
+    found = _section(spec, wish, decisions, others)
+    _check(spec, wish, found)
+    return found
+
+
+def _check(spec: ModelSpec, wish: Wish, section: Mapping[str, Any]) -> None:
+    """Readers of the section know of every matrix what is written."""
+    name = section["quant_method"]
+    said = READERS[name](Config(section, name="quantization_config"), f"{spec.names.head}.weight")
+    assert said is not None
+    recipe = written(spec, wish)
+    for weight in matrices(spec):
+        if (forms := recipe.forms(weight)) != said.forms(weight):
+            raise UnsupportedModelError(
+                f"the format {wish.format} has no words to say that {weight.name} is "
+                + ("left as it is" if forms is None else "quantized"),
+                hint="--format compressed-tensors has",
+            )
+
+
+def _section(
+    spec: ModelSpec, wish: Wish, decisions: Decisions, others: Iterable[str]
+) -> dict[str, Any]:
     quantized = [name for name, choice in decisions.items() if choice is not None]
     kept = [name for name, choice in decisions.items() if choice is None]
-    kept += [name for name in _never(spec) if name not in decisions]
-    kept += others
+    kept += [name for name in (*_never(spec), *others) if name not in decisions]
+    # Of experts the first stands for all. A tied head is no tensor, and transformers has a module.
+    kept = list(dict.fromkeys(_FIRST_EXPERT.sub("0", name) for name in (*kept, "lm_head")))
+    kept = [name for name in kept if name not in quantized]
     match wish.format:
         case "fp8":
             # vLLM compares whole names, and knows no patterns here.
@@ -109,10 +141,10 @@ def section(
                 "activation_scheme": "dynamic",
                 "fmt": "e4m3",
                 "weight_block_size": [128, 128],
-                "modules_to_not_convert": sorted(dict.fromkeys(kept)),
+                "modules_to_not_convert": sorted({*kept, *_containers(kept)}),
             }
         case "gptq":
-            return _gptq(wish, decisions, kept, quantized)
+            return _gptq(spec, wish, kept, quantized)
         case "awq":
             return {
                 "quant_method": "awq",
@@ -120,32 +152,40 @@ def section(
                 "bits": 4,
                 "group_size": _only(wish).group or -1,
                 "zero_point": True,
+                "lm_head": spec.names.head in quantized,
                 # They match anywhere in a name, so that a router called `gate` stays off the list:
                 # engines never quantize it.
                 "modules_to_not_convert": [
                     name
-                    for name in sorted(dict.fromkeys(kept))
+                    for name in sorted({_EXPERT.sub("", name) for name in kept})
                     if not any(name in one for one in quantized)
                 ],
             }
     towers = {module_name(p.source) for t in spec.towers for w in t.weights for p in w.parts}
     whole = {_top(name) for name in towers} - {_top(name) for name in quantized}
     kept = [name for name in kept if _top(name) not in whole]
-    found = _compressed_tensors(wish, decisions, kept, quantized)
-    found["ignore"] += [f"re:.*{re.escape(top)}.*" for top in sorted(whole)]
+    found = _compressed_tensors(spec, wish, decisions, kept)
+    found["ignore"] += [rf"re:(.*\.)?{re.escape(top)}(\..*)?$" for top in sorted(whole)]
     return found
 
 
 def _compressed_tensors(
-    wish: Wish, decisions: Decisions, kept: list[str], quantized: list[str]
+    spec: ModelSpec, wish: Wish, decisions: Decisions, kept: list[str]
 ) -> dict[str, Any]:
-    used = [choice for choice in wish.choices if choice in decisions.values()]
+    quantized = {name: choice for name, choice in decisions.items() if choice is not None}
+    used = [choice for choice in wish.choices if choice in quantized.values()]
     groups = {}
     for number, choice in enumerate(used):
-        mine = [name for name, one in decisions.items() if one == choice]
-        rest = [name for name, one in decisions.items() if one != choice]
+        mine = [name for name, one in quantized.items() if one == choice]
+        # What is ignored may match as well.
+        rest = [name for name, one in quantized.items() if one != choice]
+        targets = ["Linear"] if len(used) == 1 else patterns(mine, rest)
+        if spec.names.head in mine:
+            # For vLLM it is no linear layer, and inside other models it has other names.
+            targets = [one for one in targets if one != spec.names.head]
+            targets.append(f"re:.*{re.escape(_last(spec.names.head))}$")
         groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(used) == 1 else patterns(mine, rest),
+            "targets": targets,
             "weights": _arguments(choice),
             "input_activations": _INPUTS.get(choice.scheme),
             "output_activations": None,
@@ -162,9 +202,6 @@ def _compressed_tensors(
         "global_compression_ratio": None,
         "version": VERSION,
     }
-    if "lm_head" not in quantized and "lm_head" not in found["ignore"]:
-        # Also of tied models, whose head is no tensor of its own: transformers has a module.
-        found["ignore"].append("lm_head")
     if wish.kv_cache:
         found["kv_cache_scheme"] = {
             "num_bits": 8,
@@ -184,9 +221,7 @@ def _arguments(choice: Choice) -> dict[str, Any]:
     return found
 
 
-def _gptq(
-    wish: Wish, decisions: Decisions, kept: list[str], quantized: list[str]
-) -> dict[str, Any]:
+def _gptq(spec: ModelSpec, wish: Wish, kept: list[str], quantized: list[str]) -> dict[str, Any]:
     choice = _only(wish)
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -195,12 +230,18 @@ def _gptq(
         "sym": True,
         "desc_act": False,
         "checkpoint_format": "gptq",
-        "lm_head": False,
+        "lm_head": spec.names.head in quantized,
     }
     exceptions = [one for one in patterns(kept, quantized) if one != "lm_head"]
+    exceptions += patterns(_containers(kept), _containers(quantized))
     if exceptions:
         found["dynamic"] = {f"-:{one.removeprefix('re:')}": {} for one in exceptions}
     return found
+
+
+def _containers(names: Iterable[str]) -> Iterator[str]:
+    """Modules that hold experts: engines ask for them, and not for each expert."""
+    return (_EXPERT.sub("", name) for name in names if _EXPERT.search(name))
 
 
 def _only(wish: Wish) -> Choice:
@@ -222,6 +263,10 @@ def _top(name: str) -> str:
     return _PREFIX.sub("", name).partition(".")[0]
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
     """Patterns for names that match none of the others; names without numbers stay as they are."""
     others = tuple(others)
@@ -239,3 +284,5 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 _PREFIX = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
+_FIRST_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_EXPERT = re.compile(r"(?<=\.experts)\.\d+\..*")

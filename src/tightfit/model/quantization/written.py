@@ -14,7 +14,7 @@ from tightfit.model.blocks.base import Place
 from tightfit.model.cache import StateCache
 from tightfit.model.layout import Rank, Weight
 from tightfit.model.parameters import plain_parameters
-from tightfit.model.quantization import compressed_tensors, schemes
+from tightfit.model.quantization import compressed_tensors, modelopt, schemes
 from tightfit.model.quantization.forms import Forms
 from tightfit.model.quantization.matching import Names
 from tightfit.model.quantization.recipe import Recipe, Rule, split_experts
@@ -102,6 +102,10 @@ _FORMS: Mapping[tuple[str, str], _Maker] = {
     ("gptq", "w4a16"): lambda g: schemes.gptq(4, g, symmetric=True),
     ("gptq", "w8a16"): lambda g: schemes.gptq(8, g, symmetric=True),
     ("awq", "w4a16-asym"): lambda g: schemes.awq(4, g, zero_point=True),
+}
+_PLACEHOLDERS: Mapping[str, Forms] = {
+    COMPRESSED_TENSORS: compressed_tensors.PLACEHOLDERS,
+    "fp8": modelopt.PLACEHOLDERS,
 }
 SCHEMES = tuple(scheme for format, scheme in _FORMS if format == COMPRESSED_TENSORS)
 FORMATS = tuple(dict.fromkeys(format for format, _ in _FORMS))
@@ -218,7 +222,7 @@ def written(spec: ModelSpec, wish: Wish) -> Recipe:
             for choice in wish.choices
         ),
         head=head if decisions.get(spec.names.head) is not None else None,
-        placeholders=compressed_tensors.PLACEHOLDERS if wish.format == COMPRESSED_TENSORS else (),
+        placeholders=_PLACEHOLDERS.get(wish.format, ()),
     )
     check_together(spec, decisions)
     return recipe
