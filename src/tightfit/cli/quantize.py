@@ -1,5 +1,6 @@
 """`tightfit quantize`: fp8, int8, int4 and fp4 checkpoints, without a GPU."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,10 +8,16 @@ import typer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote
 from tightfit.cli import options as o
-from tightfit.cli.output import guarded, one_line, print_json, progress
-from tightfit.errors import UsageError
-from tightfit.model.quantization.written import COMPRESSED_TENSORS, FORMATS, SCHEMES, Choice, Wish
-from tightfit.units import MiB, format_bytes, parse_bytes
+from tightfit.cli import quantize_request as request
+from tightfit.cli.output import guarded, print_json, progress, warn
+from tightfit.errors import ExitCode, UsageError
+from tightfit.executors import EXECUTORS, open_executor
+from tightfit.model.quantization.written import FORMATS, SCHEMES
+from tightfit.quantize.recipe_file import METHODS
+from tightfit.units import MiB, parse_bytes
+
+_CALIBRATION = "Calibration"
+_QUALITY = "Quality"
 
 
 @guarded
@@ -20,22 +27,75 @@ def quantize(
         str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
     ],
     scheme: Annotated[
-        str, typer.Option(metavar="SCHEME", help=", ".join(SCHEMES), show_default=False)
-    ],
+        str | None, typer.Option(metavar="SCHEME", help=", ".join(SCHEMES), show_default=False)
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Inputs that share a scale; -1 for whole rows.", show_default="128"),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How values are chosen: rtn (nearest), mse (least error).")
+        str,
+        typer.Option(
+            metavar="|".join(METHODS),
+            help="How values are chosen: nearest, least error, or with calibration.",
+        ),
     ] = "rtn",
     file_format: Annotated[
-        str, typer.Option("--format", help="Of the files: " + ", ".join(FORMATS) + ".")
-    ] = COMPRESSED_TENSORS,
+        str | None,
+        typer.Option(
+            "--format", metavar="|".join(FORMATS), help="Of the files.", show_default=FORMATS[0]
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML or JSON: scheme, group_size, format, kv_cache, and rules for modules.",
+            show_default=False,
+        ),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(metavar="REGEX", help="Leave matching modules as they are; repeatable."),
+        typer.Option(
+            metavar="REGEX",
+            help="Leave matching modules as they are; repeatable.",
+            show_default=False,
+        ),
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(metavar="fp8", help="Scales for keys and values.", show_default=False),
+    ] = None,
+    for_tp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Refuse what N tensor parallel ranks could not load.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help=".txt, or .jsonl with a `text` in each line; repeatable.",
+            rich_help_panel=_CALIBRATION,
+            show_default=False,
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(help="Windows of text.", rich_help_panel=_CALIBRATION)
+    ] = 128,
+    calibration_length: Annotated[
+        int, typer.Option(help="Tokens of each.", rich_help_panel=_CALIBRATION)
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Which ones.", rich_help_panel=_CALIBRATION)] = 0,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(request.BACKENDS), help="Of gptq.", rich_help_panel=_CALIBRATION
+        ),
+    ] = "own",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -44,8 +104,61 @@ def quantize(
         typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be written or refused, write nothing."),
     ] = False,
+    dequantize: Annotated[
+        bool,
+        typer.Option("--dequantize", help="Take a MODEL that is quantized already."),
+    ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(EXECUTORS), help="Where the work is done; see --ray-address."
+        ),
+    ] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Cluster for --executor ray. All its machines need MODEL and OUT under the same "
+            "paths.",
+            show_default=False,
+        ),
+    ] = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXTFILE",
+            help="Perplexity of a text before and after.",
+            rich_help_panel=_QUALITY,
+            show_default=False,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Errors of every matrix as a page.",
+            rich_help_panel=_QUALITY,
+            show_default=False,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity", help="Rank layers by what it does to them.", rich_help_panel=_QUALITY
+        ),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Find the recipe that comes to at most this (6GiB).",
+            rich_help_panel=_QUALITY,
+            show_default=False,
+        ),
+    ] = None,
     revision: o.Revision = None,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
@@ -59,20 +172,76 @@ def quantize(
     size = parse_bytes(max_shard_size)
     if size < MiB:
         raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
-    wish = Wish(
-        default=Choice(scheme=scheme, group_size=group_size, format=file_format),
-        rules=tuple((pattern, None) for pattern in ignore or ()),
-    )
-    from tightfit.quantize.job import prepare
-    from tightfit.quantize.write import write, write_job
+    if for_tp is not None and not 1 <= for_tp <= 1024:
+        raise UsageError(f"--for-tp {for_tp} is out of range", hint="at least 1")
+    if executor != "local" and is_remote(out):
+        raise UsageError(
+            f"--executor {executor} writes to a shared directory, and not to {out}",
+            hint="leave out --executor",
+        )
+    request.check_method(method, backend)
+    request.require_packages()
+    patterns = tuple(ignore or ())
+    wish = None
+    if budget is None or scheme is not None or recipe is not None:
+        wish = request.wish_from(
+            recipe,
+            scheme=scheme,
+            group_size=group_size,
+            file_format=file_format,
+            kv_cache=kv_cache,
+            ignore=patterns,
+        )
+        if budget is not None:
+            raise UsageError(
+                f"--budget {budget} finds a recipe, and there is one already",
+                hint="leave out --scheme and --recipe",
+            )
+    from tightfit.cli import quantize_view as view
+    from tightfit.cli.quantize_steps import Asked, carry_out
+    from tightfit.quantize.admission import RefusedError
 
-    download = not (dry_run or is_remote(out))
-    checkpoint = open_checkpoint(model, revision=revision, download=download)
-    job = write_job(prepare(checkpoint, wish, method=method), max_shard_bytes=size)
-    if not dry_run:
-        with progress(quiet=quiet) as bars:
-            write(job, out, bars, resume=resume)
+    asked = Asked(
+        out=out,
+        method=method,
+        backend=backend,
+        for_tp=for_tp,
+        max_shard_bytes=size,
+        resume=resume,
+        dry_run=dry_run,
+        evaluate=evaluate,
+        report=report,
+        sensitivity=sensitivity,
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        ignored=patterns,
+        texts=tuple(calibration or ()),
+        samples=calibration_samples,
+        length=calibration_length,
+        seed=seed,
+    )
+    calibrates = asked.calibration(wish) is not None
+    checkpoint = open_checkpoint(
+        model, revision=revision, download=calibrates or not (dry_run or is_remote(out))
+    )
+    if dequantize:
+        from tightfit.quantize.dequantize import open_dequantized
+
+        checkpoint = open_dequantized(checkpoint)
+    try:
+        with (
+            open_executor(executor, "quantize", ray_address=ray_address, notice=warn) as spread,
+            progress(quiet=quiet) as bars,
+        ):
+            done = carry_out(checkpoint, wish, asked, spread, bars)
+    except RefusedError as error:
+        if not dry_run:
+            raise
+        if as_json:
+            print_json(view.refused(error, checkpoint.name, out))
+        else:
+            view.show_refusals(error)
+        raise typer.Exit(ExitCode.INPUT) from None
     if as_json:
-        print_json({"schema": 1, "output": out, "total_bytes": job.output_bytes})
-    elif not quiet:
-        print(one_line(f"wrote {format_bytes(job.output_bytes)} to {out}"))
+        print_json(view.document(done, asked))
+    elif dry_run or not quiet:
+        view.show(done, asked)

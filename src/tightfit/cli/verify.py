@@ -1,15 +1,16 @@
-"""`tightfit verify`: is a sharded checkpoint whole, and is it what its source holds?"""
+"""`tightfit verify`: is a sharded or quantized checkpoint whole, and what its source gives?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tightfit.checkpoint.source import is_remote, local_path_of, open_source
+from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
 from tightfit.cli import options as o
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
 from tightfit.errors import CheckpointError, ExitCode, UsageError, VerificationError
+from tightfit.quantize.manifest import NAME as QUANTIZED
 from tightfit.sharding.manifest import read_manifest
 from tightfit.sharding.proof.verify import Report, check_tensor_parallel_size, require_manifest
 from tightfit.sharding.proof.verify import verify as check
@@ -26,13 +27,17 @@ def verify(
     directory: Annotated[
         str,
         typer.Argument(
-            metavar="DIR", help="Output of `tightfit shard`, or its URL.", show_default=False
+            metavar="DIR",
+            help="Output of `tightfit shard` or `quantize`, or its URL.",
+            show_default=False,
         ),
     ],
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Compare every byte with this source.", show_default=False
+            metavar="MODEL",
+            help="Compare every byte with this source, or with what quantizing it gives.",
+            show_default=False,
         ),
     ] = None,
     tensor_parallel_size: Annotated[
@@ -81,6 +86,15 @@ def verify(
     if not load_timeout > 0:
         raise UsageError(f"--load-timeout {load_timeout} is out of range", hint="seconds")
     place = open_source(directory)
+    if place.exists(QUANTIZED):
+        if load is not None or tensor_parallel_size is not None:
+            flag = "--tensor-parallel-size" if load is None else "--load"
+            raise UsageError(
+                f"{directory} is quantized, and not sharded: {flag} does not apply",
+                hint=f"leave it out; `vllm serve {directory}` loads it",
+            )
+        _verify_quantized(place, directory, against, quiet=quiet, as_json=as_json)
+        return
     require_manifest(place)
     manifest = read_manifest(place)
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
@@ -118,6 +132,30 @@ def verify(
         raise failure
     if not report.ok:
         raise typer.Exit(ExitCode.FINDING)
+
+
+def _verify_quantized(
+    place: Source, directory: str, against: str | None, *, quiet: bool, as_json: bool
+) -> None:
+    from tightfit.quantize.verify import verify as check_quantized
+
+    with progress(quiet=quiet) as bars:
+        report = check_quantized(place, bars, against)
+    if as_json:
+        print_json(report.to_json(directory))
+    else:
+        _show_problems(directory, report.problems)
+    if not report.ok:
+        raise typer.Exit(ExitCode.FINDING)
+    if not as_json:
+        compared = ", every byte as its source gives it" if report.compared_with_source else ""
+        print(
+            one_line(
+                f"verified: {directory} is whole: {report.tensors:,} tensors, "
+                f"{format_bytes(report.nbytes)}, quantized from {report.manifest.source_name} by "
+                f"{report.manifest.method}{compared}"
+            )
+        )
 
 
 def _open_source(against: str, directory: str, config: Mapping[str, Any]) -> Checkpoint:
@@ -162,10 +200,7 @@ def _document(directory: str, report: Report) -> dict[str, object]:
 
 
 def _show(directory: str, report: Report, *, asked_to_load: bool) -> None:
-    for problem in report.problems[:_MOST_PROBLEMS]:
-        print(f"problem: {one_line(problem)}")
-    if len(report.problems) > _MOST_PROBLEMS:
-        print(f"... and {len(report.problems) - _MOST_PROBLEMS:,} more, which --json has")
+    _show_problems(directory, report.problems)
     manifest = report.manifest
     if report.ok:
         compared = ", every byte as in its source" if report.compared_with_source else ""
@@ -178,8 +213,15 @@ def _show(directory: str, report: Report, *, asked_to_load: bool) -> None:
             f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}, for {cut} in layout "
             f"{manifest.layout}{compared}"
         )
-    else:
-        count = len(report.problems)
+    elif asked_to_load:
+        print("not loaded in vLLM, which does not see most of such problems")
+
+
+def _show_problems(directory: str, problems: Sequence[str]) -> None:
+    for problem in problems[:_MOST_PROBLEMS]:
+        print(f"problem: {one_line(problem)}")
+    if len(problems) > _MOST_PROBLEMS:
+        print(f"... and {len(problems) - _MOST_PROBLEMS:,} more, which --json has")
+    if problems:
+        count = len(problems)
         print(f"verification failed: {count} problem{'s' if count > 1 else ''} in {directory}")
-        if asked_to_load:
-            print("not loaded in vLLM, which does not see most of such problems")

@@ -18,6 +18,8 @@ from typing import Any
 from tightfit.errors import UsageError
 from tightfit.model.quantization.written import COMPRESSED_TENSORS, GROUPED, Choice, Wish
 
+METHODS = ("rtn", "mse", "gptq", "awq", "smoothquant")
+"""How values are chosen, which is no part of a recipe."""
 _LARGEST_BYTES = 2**22
 _KEYS = ("scheme", "group_size", "format", "rules", "kv_cache")
 _RULE_KEYS = ("match", "scheme", "group_size", "keep")

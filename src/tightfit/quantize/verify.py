@@ -57,11 +57,6 @@ class Report:
         }
 
 
-def is_quantized(place: Source) -> bool:
-    """Whether it is an output of `tightfit quantize`."""
-    return place.exists(NAME)
-
-
 def verify(place: Source, progress: Progress, against: str | None) -> Report:
     """Check headers and checksums, and with `against`, a model, make everything once more.
 

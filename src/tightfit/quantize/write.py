@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from tightfit.checkpoint.files import CONFIG
 from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
 from tightfit.errors import OutputError, UsageError
 from tightfit.executors import Executor
 from tightfit.model.layout import Parallel, RankTensor
 from tightfit.quantize.computed_source import ComputedSource
 from tightfit.quantize.job import QuantizeJob
-from tightfit.quantize.manifest import Manifest, read_manifest
+from tightfit.quantize.manifest import NAME, Manifest, read_manifest
 from tightfit.quantize.recipe_file import document_of
 from tightfit.sharding.boxes import whole
 from tightfit.sharding.copies import plan_copies
@@ -158,7 +159,27 @@ def _write_here(
     return True
 
 
-def _require_same(job: WriteJob, place: Source, progress: Progress) -> None:
+def is_there(job: WriteJob, out: str, progress: Progress, *, resume: bool) -> bool:
+    """Whether the output is finished; for jobs whose tensors are not all known before calibration.
+
+    Raises:
+        OutputError: it holds something else, is damaged, or is not for a call without `resume`.
+        VerificationError: its manifest is damaged.
+    """
+    place = open_source(out) if is_remote(out) or local_path_of(out).is_dir() else None
+    names = set() if place is None else set(place.files())
+    if place is not None and names and not resume:
+        raise OutputError(
+            f"the output directory {place.label} is not empty",
+            hint="give a new directory; or --resume, if it is the beginning of this output",
+        )
+    if place is None or not names >= {NAME, CONFIG} or any(n.endswith(".journal") for n in names):
+        return False
+    _require_same(job, place, progress, but="cut_fingerprint")
+    return True
+
+
+def _require_same(job: WriteJob, place: Source, progress: Progress, *, but: str = "") -> None:
     """Prove that what is finished is what this job would write, as far as checksums can.
 
     Raises:
@@ -167,7 +188,7 @@ def _require_same(job: WriteJob, place: Source, progress: Progress) -> None:
     """
     manifest = read_manifest(place)
     for key, value in job.identity.items():
-        if manifest.job.get(key) != value:
+        if key != but and manifest.job.get(key) != value:
             raise OutputError(
                 f"{place.label} holds another quantized checkpoint: its {key} is "
                 f"{manifest.job.get(key)!r:.80}, and not {value!r:.80}",

@@ -1,0 +1,147 @@
+"""The options of `quantize`, checked against each other before anything is opened."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tightfit.errors import MissingExtraError, UsageError
+from tightfit.model.quantization.written import Wish
+from tightfit.quantize.recipe_file import KV_CACHE, METHODS, read_recipe, wish_of
+
+if TYPE_CHECKING:
+    from tightfit.quantize.calibration import CalibrationOptions
+
+BACKENDS = ("own", "optimum")
+
+
+def require_packages() -> None:
+    """Say what to install if a package is missing.
+
+    Raises:
+        MissingExtraError: one is.
+    """
+    for package in ("torch", "numpy"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("quantize", "quantize", package)
+
+
+def check_method(method: str, backend: str) -> None:
+    """Refuse unknown names.
+
+    Raises:
+        UsageError: no such method, or no such backend of it.
+    """
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}", hint="--method " + "|".join(METHODS))
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r}", hint="--backend " + "|".join(BACKENDS))
+    if backend != "own" and method != "gptq":
+        raise UsageError(
+            f"the backend {backend} does not have the method {method}", hint="--method gptq"
+        )
+
+
+def wish_from(
+    recipe: Path | None,
+    *,
+    scheme: str | None,
+    group_size: int | None,
+    file_format: str | None,
+    kv_cache: str | None,
+    ignore: Sequence[str],
+) -> Wish:
+    """What a recipe and the flags ask for together.
+
+    Raises:
+        UsageError: they contradict each other, or one of them is wrong.
+    """
+    document: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
+    where = "--scheme" if recipe is None else str(recipe)
+    flags = {"scheme": scheme, "group_size": group_size, "format": file_format}
+    for key, value in {**flags, "kv_cache": kv_cache}.items():
+        if value is None:
+            continue
+        if document.get(key) not in (None, value):
+            flag = "--" + key.replace("_", "-")
+            raise UsageError(
+                f"{flag} {value}, and {recipe} says {document[key]!r:.40}", hint=f"leave out {flag}"
+            )
+        document[key] = value
+    if recipe is None and scheme is None:
+        if kv_cache is None or group_size is not None:
+            raise UsageError(
+                "neither --scheme nor --recipe says what to make of the model",
+                hint="--scheme fp8-channel, for example",
+            )
+        raise UsageError(
+            f"--kv-cache {kv_cache} goes with a scheme of weights",
+            hint="--scheme fp8-channel, for example",
+        )
+    if kv_cache is not None and kv_cache not in KV_CACHE:
+        raise UsageError(f"there is no --kv-cache {kv_cache!r}", hint=", ".join(KV_CACHE))
+    return wish_of(document, where, ignore=ignore)
+
+
+def calibration_from(
+    wish: Wish,
+    method: str,
+    texts: Sequence[Path],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    for_sensitivity: bool,
+) -> "CalibrationOptions | None":
+    """What values are chosen with; None if none is needed.
+
+    Raises:
+        UsageError: there is no text, and something needs it; or there is, and nothing does.
+    """
+    from tightfit.quantize.calibration import CalibrationOptions, is_needed
+
+    needed = is_needed(wish, method)
+    if not texts and not needed:
+        return None
+    if not texts:
+        raise UsageError(
+            f"{_reason(wish, method)} needs text to calibrate with",
+            hint="--calibration FILE, a .txt or .jsonl like what the model will read",
+        )
+    if not needed and not for_sensitivity:
+        raise UsageError(
+            f"--calibration is of no use to {wish.label} by the method {method}",
+            hint="leave it out, or choose --method gptq, awq or smoothquant",
+        )
+    for text in texts:
+        if not text.is_file():
+            raise UsageError(f"there is no calibration text {text}", hint="check the path")
+    return CalibrationOptions(texts=tuple(texts), samples=samples, length=length, seed=seed)
+
+
+def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
+    """What values depend on beside the weights, without a word of the text."""
+    import xxhash
+
+    digests = []
+    for text in options.texts:
+        digest = xxhash.xxh3_128()
+        with open(text, "rb") as file:
+            while data := file.read(2**20):
+                digest.update(data)
+        digests.append(digest.hexdigest())
+    return {
+        "backend": backend,
+        "samples": options.samples,
+        "length": options.length,
+        "seed": options.seed,
+        "texts": digests,
+    }
+
+
+def _reason(wish: Wish, method: str) -> str:
+    if method not in ("rtn", "mse"):
+        return f"--method {method}"
+    if wish.kv_cache:
+        return "--kv-cache fp8"
+    return "the scheme nvfp4, whose activations have scales of their own,"

@@ -1,0 +1,191 @@
+"""What `quantize` does, one after the other: find a recipe, calibrate, write, measure."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoint.source import is_remote, local_path_of
+from tightfit.cli.output import NoProgress, note, warn
+from tightfit.cli.quantize_request import calibration_from, fingerprint
+from tightfit.executors import Executor
+from tightfit.model.quantization.written import Wish
+from tightfit.quantize.admission import lost_sizes
+from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed
+from tightfit.quantize.job import QuantizeJob, prepare
+from tightfit.quantize.write import WriteJob, is_there, write, write_job
+
+if TYPE_CHECKING:
+    from tightfit.quantize.budget import FittedRecipe
+    from tightfit.quantize.quality import Quality
+    from tightfit.quantize.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The options of a call, but for the recipe."""
+
+    out: str
+    method: str
+    backend: str
+    for_tp: int | None
+    max_shard_bytes: int
+    resume: bool
+    dry_run: bool
+    evaluate: Path | None
+    report: Path | None
+    sensitivity: bool
+    budget_bytes: int | None
+    ignored: tuple[str, ...]
+    texts: tuple[Path, ...]
+    samples: int
+    length: int
+    seed: int
+
+    def calibration(self, wish: Wish | None) -> CalibrationOptions | None:
+        """What to calibrate with; a recipe that is still to be found needs it for its method."""
+        return calibration_from(
+            wish or Wish(default=None),
+            self.method,
+            self.texts,
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            for_sensitivity=self.sensitivity,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What a call came to."""
+
+    job: QuantizeJob
+    files: WriteJob
+    budget: "FittedRecipe | None"
+    quality: "Quality | None"
+    sensitivity: "Sensitivity | None"
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    wish: Wish | None,
+    asked: Asked,
+    executor: Executor | None,
+    bars: NoProgress,
+) -> Done:
+    """Do all that was asked for; without a `wish` the budget decides.
+
+    Raises:
+        TightfitError: as `prepare`, `calibrate`, `write` and what measures.
+    """
+    size, budget = asked.for_tp or 1, None
+    if wish is None:
+        from tightfit.quantize.budget import fit_budget
+
+        assert asked.budget_bytes is not None
+        budget = fit_budget(
+            checkpoint,
+            asked.budget_bytes,
+            ignored=asked.ignored,
+            tensor_parallel_size=size,
+            search=asked.method == "mse",
+            progress=bars,
+        )
+        wish = budget.wish
+    options = asked.calibration(wish)
+    job = prepare(checkpoint, wish, method=asked.method, tensor_parallel_size=size)
+    for text in _remarks(job, asked):
+        warn(text)
+    known = {} if options is None else fingerprint(options, asked.backend)
+    calibrated = options is not None and is_needed(wish, asked.method)
+    files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
+    written = None
+    if not asked.dry_run:
+        if not calibrated:
+            _write(files, asked, executor, bars)
+        elif not is_there(files, asked.out, bars, resume=asked.resume):
+            assert options is not None
+            with _calibration_directory(asked.out) as directory:
+                given = calibrate(job, options, directory, bars, resume=asked.resume, warn=warn)
+                job = prepare(
+                    checkpoint, wish, method=asked.method, tensor_parallel_size=size, given=given
+                )
+                files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
+                _write(files, asked, executor, bars)
+        written = open_checkpoint(asked.out)
+    quality = sensitivity = None
+    if asked.report is not None or asked.sensitivity:
+        from tightfit.quantize.quality import measure
+
+        quality = measure(job, written, progress=bars)
+    if asked.sensitivity:
+        assert quality is not None
+        sensitivity = _sensitivity(job, quality, options, bars)
+    if asked.report is not None:
+        assert quality is not None
+        from tightfit.cli.report.quality import write_quality_report
+
+        write_quality_report(
+            asked.report,
+            quality.to_json(),
+            sensitivity=None if sensitivity is None else sensitivity.to_json(),
+            budget=None if budget is None else budget.to_json(),
+        )
+    return Done(job=job, files=files, budget=budget, quality=quality, sensitivity=sensitivity)
+
+
+def _write(files: WriteJob, asked: Asked, executor: Executor | None, bars: NoProgress) -> None:
+    write(files, asked.out, bars, resume=asked.resume, executor=executor, notice=note)
+
+
+@contextmanager
+def _calibration_directory(out: str) -> Iterator[Path]:
+    """Beside the output, as only files that belong to it may be in it; removed in the end."""
+    if is_remote(out):
+        name = xxhash.xxh3_64(out.encode()).hexdigest()
+        directory = Path(tempfile.gettempdir()) / f"tightfit-calibration-{name}"
+    else:
+        path = local_path_of(out)
+        directory = path.with_name(f"{path.name}.calibration")
+    try:
+        yield directory
+    except BaseException:
+        if directory.exists():
+            note(f"{directory} has the layers that are calibrated; --resume goes on with them")
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sensitivity(
+    job: QuantizeJob, quality: "Quality", options: CalibrationOptions | None, bars: NoProgress
+) -> "Sensitivity":
+    from tightfit.quantize.sensitivity import output_sensitivity, weight_sensitivity
+
+    if options is None:
+        return weight_sensitivity(quality)
+    with tempfile.TemporaryDirectory(prefix="tightfit-") as directory:
+        return output_sensitivity(job, options, Path(directory), progress=bars)
+
+
+def _remarks(job: QuantizeJob, asked: Asked) -> Iterator[str]:
+    """What stops nothing."""
+    if asked.for_tp is None:
+        lost = lost_sizes(job.spec, job.wish, job.decisions)
+        if lost:
+            sizes = " and ".join(map(str, lost))
+            first = next(iter(lost.values()))
+            yield (
+                f"the model can be cut for tensor parallel size {sizes}, and not when quantized "
+                f"like this: {first}; {first.remedy} (--for-tp checks a size)"
+            )
+    names = [*job.decisions, *job.checkpoint.tensors()]
+    for pattern in asked.ignored:
+        if not any(re.search(pattern, name) for name in names):
+            yield f"--ignore {pattern!r} matches nothing"
