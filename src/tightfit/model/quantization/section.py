@@ -130,9 +130,11 @@ def _section(
     quantized = [name for name, choice in decisions.items() if choice is not None]
     kept = [name for name, choice in decisions.items() if choice is None]
     kept += [name for name in (*_never(spec), *others) if name not in decisions]
-    # Of experts the first stands for all. A tied head is no tensor, and transformers has a module.
-    kept = list(dict.fromkeys(_FIRST_EXPERT.sub("0", name) for name in (*kept, "lm_head")))
-    kept = [name for name in kept if name not in quantized]
+    if spec.names.head not in quantized:
+        # A tied head is no tensor, and transformers has a module nevertheless.
+        kept.append("lm_head")
+    # Of experts the first stands for all.
+    kept = list(dict.fromkeys(_FIRST_EXPERT.sub("0", name) for name in kept))
     match wish.format:
         case "fp8":
             # vLLM compares whole names, and knows no patterns here.
