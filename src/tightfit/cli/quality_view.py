@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from tightfit.quantize.budget import Recipe
+from tightfit.quantize.budget import FittedRecipe
 from tightfit.quantize.quality import Quality
 from tightfit.quantize.sensitivity import Sensitivity
 
@@ -17,6 +17,6 @@ def render_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
     raise NotImplementedError
 
 
-def render_budget(recipe: Recipe, console: Console) -> None:
+def render_budget(recipe: FittedRecipe, console: Console) -> None:
     """What each kind of module got, and what it comes to."""
     raise NotImplementedError

@@ -104,7 +104,7 @@ def _refusals(
     found: defaultdict[tuple[Choice, str], list[Weight]] = defaultdict(list)
     for weight in matrices(spec):
         choice = decisions[module_name(split_experts(weight).parts[0].source)]
-        if choice is not None and (reason := _problem(weight, fitted, parallel)):
+        if choice is not None and (reason := problem(weight, fitted, parallel)):
             found[choice, reason].append(weight)
     for (choice, reason), weights in found.items():
         modules = [
@@ -120,8 +120,8 @@ def _refusals(
         )
 
 
-def _problem(weight: Weight, recipe: Recipe, parallel: Parallel) -> str | None:
-    """Why a weight cannot be stored, or held by a rank."""
+def problem(weight: Weight, recipe: Recipe, parallel: Parallel) -> str | None:
+    """Why a weight cannot be stored, or held by a rank; None if it can."""
     try:
         list(recipe.apply(weight))
         rank = Rank(parallel=parallel)
@@ -150,7 +150,7 @@ def _remedy(
     for other in _alternatives(choice):
         changed = _instead(wish, choice, other)
         fitted = written(spec, changed).fitted(plain_parameters(spec), parallel)
-        if not any(_problem(weight, fitted, parallel) for weight in weights):
+        if not any(problem(weight, fitted, parallel) for weight in weights):
             works.append(_called(other))
     found = [f"this would do: {', or '.join(works[:2])}"] if works else []
     if parallel.tensor_parallel_size > 1 and all(weight.experts for weight in weights):

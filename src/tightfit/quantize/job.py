@@ -63,19 +63,7 @@ def prepare(
             or engines could not load the result.
         UsageError: a rule matches nothing.
     """
-    require_weights(checkpoint, "quantize")
-    spec = describe(checkpoint).spec
-    require_own_names(spec)
-    if spec.quantization is not None:
-        raise UnsupportedModelError(
-            f"{checkpoint.name} is quantized already: {spec.quantization.name}",
-            hint="give the unquantized model, or --dequantize to go on from what this one has left",
-        )
-    if spec.listed is not None:
-        raise UnsupportedModelError(
-            f"{spec.architecture} is not modelled, so that nobody knows its linear layers",
-            hint="`tightfit plan` says what is known of it",
-        )
+    spec = unquantized_spec(checkpoint)
     decisions = decide(spec, wish)
     admit(spec, wish, decisions, tensor_parallel_size=tensor_parallel_size)
     recipe = written(spec, wish)
@@ -110,6 +98,29 @@ def prepare(
             known=source.tensors(),
         ),
     )
+
+
+def unquantized_spec(checkpoint: Checkpoint) -> ModelSpec:
+    """The model of a checkpoint that can be quantized.
+
+    Raises:
+        CheckpointError: it lacks weights, or they are not what config.json says.
+        UnsupportedModelError: the architecture is not known, or it is quantized already.
+    """
+    require_weights(checkpoint, "quantize")
+    spec = describe(checkpoint).spec
+    require_own_names(spec)
+    if spec.quantization is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint.name} is quantized already: {spec.quantization.name}",
+            hint="give the unquantized model, or --dequantize to go on from what this one has left",
+        )
+    if spec.listed is not None:
+        raise UnsupportedModelError(
+            f"{spec.architecture} is not modelled, so that nobody knows its linear layers",
+            hint="`tightfit plan` says what is known of it",
+        )
+    return spec
 
 
 def _others(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -61,14 +61,19 @@ def quantized_matrices(
     """
     found: dict[str, Matrix] = {}
     for weight in matrices(spec):
-        for matrix in _of(weight, decisions, tensors):
+        for matrix in matrices_of(weight, decisions, tensors):
             found.setdefault(matrix.module, matrix)
     return tuple(found.values())
 
 
-def _of(
+def matrices_of(
     weight: Weight, decisions: Decisions, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[Matrix]:
+    """Those of one weight; none if it stays as it is.
+
+    Raises:
+        LayoutError, UnsupportedModelError, CheckpointError: as `quantized_matrices`.
+    """
     split = split_experts(weight)
     choice = decisions[module_name(split.parts[0].source)]
     if choice is None:

@@ -18,7 +18,7 @@ def write_quality_report(
         path: of the file; what is there is replaced.
         quality: of `Quality.to_json()`.
         sensitivity: of `Sensitivity.to_json()`.
-        budget: of `Recipe.to_json()` of `fit_budget`.
+        budget: of `FittedRecipe.to_json()` of `fit_budget`.
 
     Raises:
         UsageError: another suffix.
