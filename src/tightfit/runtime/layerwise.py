@@ -5,7 +5,7 @@ without ranks and without a cache: every sequence is computed whole. Linear laye
 their inputs replaced and their weights overwritten, by the names that the checkpoint has for them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,25 +14,29 @@ from torch.nn import functional as F
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe, require_weights
-from tightfit.errors import UnsupportedModelError
 from tightfit.model.layout import Rank, RankTensor, Weight
 from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import ropes
 from tightfit.runtime.attention import attend_alone
 from tightfit.runtime.dist import World
 from tightfit.runtime.layers import Matrix, RMSNorm, Weights
-from tightfit.runtime.loader import load_checkpoint
+from tightfit.runtime.loader import NO_DTYPES, load_checkpoint
 from tightfit.runtime.models.decoder import DecoderLayer, RopeTables
+from tightfit.runtime.parameters import rank_parameters, require_executable
+from tightfit.runtime.quantized import rank_weights
 from tightfit.runtime.rope import rope_table
 
 OnInput = Callable[[tuple[str, ...], Tensor], Tensor | None]
 """Gets the modules that share an input, such as q_proj, k_proj and v_proj, and that input [tokens,
 inputs]; of experts, the tokens that the router sends there. What it returns, if anything, takes the
 place of the input."""
+OnCache = Callable[[Tensor, Tensor], None]
 
 _TABLE_ELEMENTS = 2**24
 """Elements of the embedding and of the output layer that are in memory at a time."""
 _CPU = torch.device("cpu")
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _RANK = Rank()
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -52,11 +56,16 @@ class LoadedLayer:
     _layer: DecoderLayer
     _model: "LayerwiseModel"
     _watched: "list[_Watched]"
+    _on_cache: "OnCache | None" = None
 
-    def watch(self, on_input: OnInput | None) -> None:
-        """Call `on_input` before every linear layer from now on; None stops it."""
+    def watch(self, on_input: OnInput | None, on_cache: OnCache | None = None) -> None:
+        """Call `on_input` before every linear layer from now on; None stops it.
+
+        `on_cache` gets keys and values as a cache would hold them: [tokens, kv_heads, head_dim].
+        """
         for matrix in self._watched:
             matrix.on_input = on_input
+        self._on_cache = on_cache
 
     @torch.no_grad()
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -67,6 +76,8 @@ class LoadedLayer:
         attention = self._model.spec.layers[self._layer.index].attention
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self._on_cache is not None:
+                self._on_cache(k, v)
             result = torch.empty(q.shape, dtype=q.dtype)
             grouped, queries, keys, values = (
                 x.unflatten(0, (samples, tokens)).unflatten(2, (k.shape[1], -1))
@@ -99,11 +110,7 @@ class LayerwiseModel:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.spec = describe(checkpoint).spec
-        if not self.spec.is_plain:
-            raise UnsupportedModelError(
-                f"the built-in runtime cannot execute {self.spec.architecture}",
-                hint="methods that need no data work for every architecture",
-            )
+        require_executable(self.spec)
         self._weights = plain_parameters(self.spec)
         self._rope_rows: tuple[tuple[int, int], RopeTables] | None = None
 
@@ -204,13 +211,25 @@ class LayerwiseModel:
         scale = self._load([weight]).tensors[weight.name]
         normalize = RMSNorm(scale, eps=spec.norm_eps, unit_offset=spec.norm_unit_offset)
         hidden = normalize(hidden.flatten(0, 1)).view(hidden.shape)
-        for first, rows in self._table(_EMBEDDING if spec.tie_word_embeddings else _HEAD):
-            logits = F.linear(hidden, rows).float()
+        for first, logits in self._products(hidden):
             if spec.logits_scale != 1.0:
                 logits *= spec.logits_scale
             if (cap := spec.logits_softcap) is not None:
                 logits.div_(cap).tanh_().mul_(cap)
             yield first, logits
+
+    def _products(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Float32 products with rows of the output layer, some of them at a time."""
+        name = _EMBEDDING if self.spec.tie_word_embeddings else _HEAD
+        (head,) = (w for w in self._weights if w.name == name)
+        recipe = self.spec.quantization
+        if isinstance(recipe, Recipe) and recipe.forms(head) is not None:
+            matrix = self._load([head]).matrix(name)
+            rows = matrix(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+            yield 0, rows[..., : self.spec.vocab_size].float()
+            return
+        for first, weight in self._table(name):
+            yield first, F.linear(hidden, weight).float()
 
     def _table(self, name: str, wanted: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """Some rows at a time of the embedding or the output layer, and the first of them.
@@ -234,11 +253,16 @@ class LayerwiseModel:
             yield first, self._read([tensor])[name]
 
     def _load(self, weights: list[Weight]) -> Weights:
-        tensors = [weight.rank_tensor(_RANK, self.spec.dtype) for weight in weights]
-        return Weights(tensors=self._read(tensors))
+        needed = rank_parameters(self.spec, weights, _RANK, _NAMES[self.dtype])
+        tensors = needed.settled(self.checkpoint.tensors())
+        return rank_weights(needed, self._read(tensors, needed.dtypes))
 
-    def _read(self, tensors: list[RankTensor]) -> dict[str, Tensor]:
-        return load_checkpoint(self.checkpoint, tensors, dtype=self.dtype, device=_CPU)
+    def _read(
+        self, tensors: Sequence[RankTensor], dtypes: Mapping[str, torch.dtype] = NO_DTYPES
+    ) -> dict[str, Tensor]:
+        return load_checkpoint(
+            self.checkpoint, tensors, dtype=self.dtype, device=_CPU, dtypes=dtypes
+        )
 
 
 class _Watched:
