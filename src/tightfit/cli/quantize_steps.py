@@ -68,6 +68,8 @@ class Done:
 
     job: QuantizeJob
     files: WriteJob
+    fresh: bool
+    """Something was written, and not all of it there already."""
     budget: "FittedRecipe | None"
     quality: "Quality | None"
     sensitivity: "Sensitivity | None"
@@ -106,11 +108,13 @@ def carry_out(
     known = {} if options is None else fingerprint(options, asked.backend)
     calibrated = options is not None and is_needed(wish, asked.method)
     files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
-    written = None
+    written, fresh = None, not asked.dry_run
     if not asked.dry_run:
         if not calibrated:
-            _write(files, asked, executor, bars)
-        elif not is_there(files, asked.out, bars, resume=asked.resume):
+            fresh = _write(files, asked, executor, bars)
+        elif is_there(files, asked.out, bars, resume=asked.resume):
+            fresh = False
+        else:
             assert options is not None
             with _calibration_directory(asked.out) as directory:
                 given = calibrate(job, options, directory, bars, resume=asked.resume, warn=warn)
@@ -138,11 +142,18 @@ def carry_out(
             sensitivity=None if sensitivity is None else sensitivity.to_json(),
             budget=None if budget is None else budget.to_json(),
         )
-    return Done(job=job, files=files, budget=budget, quality=quality, sensitivity=sensitivity)
+    return Done(
+        job=job,
+        files=files,
+        fresh=fresh,
+        budget=budget,
+        quality=quality,
+        sensitivity=sensitivity,
+    )
 
 
-def _write(files: WriteJob, asked: Asked, executor: Executor | None, bars: NoProgress) -> None:
-    write(files, asked.out, bars, resume=asked.resume, executor=executor, notice=note)
+def _write(files: WriteJob, asked: Asked, executor: Executor | None, bars: NoProgress) -> bool:
+    return write(files, asked.out, bars, resume=asked.resume, executor=executor, notice=note)
 
 
 @contextmanager

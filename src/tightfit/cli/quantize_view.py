@@ -27,7 +27,7 @@ def document(done: "Done", asked: "Asked") -> dict[str, Any]:
         "schema": 1,
         "model": job.checkpoint.name,
         "output": asked.out,
-        "written": not asked.dry_run,
+        "written": done.fresh,
         "method": job.method,
         "recipe": document_of(job.wish),
         "total_bytes": done.files.output_bytes,
@@ -84,12 +84,14 @@ def show(done: "Done", asked: "Asked") -> None:
         more = len(summary.kept) - len(kept)
         _line(page, f"kept as they are: {', '.join(kept)}" + (f" and {more} more" if more else ""))
     count = len(done.files.parts)
-    _line(
-        page,
-        f"{'would write' if asked.dry_run else 'wrote'} {job.wish.label} ({job.method}): "
-        f"{format_bytes(done.files.output_bytes)} in {count} file{'s' if count > 1 else ''} to "
-        f"{asked.out}",
+    what = (
+        f"{job.wish.label} ({job.method}), {format_bytes(done.files.output_bytes)} in {count} "
+        f"file{'s' if count > 1 else ''}"
     )
+    if done.fresh or asked.dry_run:
+        _line(page, f"{'wrote' if done.fresh else 'would write'} {what}, to {asked.out}")
+    else:
+        _line(page, f"{asked.out} holds all of it already, as its checksums prove: {what}")
     if not asked.dry_run:
         _line(page, f"next: {served(job, asked.out, asked.for_tp)}")
 

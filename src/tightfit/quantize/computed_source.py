@@ -83,6 +83,7 @@ class ComputedSource(ABC, Generic[U]):
         for entry in self._entries:
             self._starts.append(self._size)
             self._size += entry.nbytes
+        self._elsewhere: list[tuple[Source, str, int]] = []
         self._forget()
 
     @abstractmethod
@@ -106,8 +107,21 @@ class ComputedSource(ABC, Generic[U]):
         return path == FILE or self.base.exists(path)
 
     def size(self, path: str) -> int:
-        """Bytes of the file."""
-        return self._size if path == FILE else self.base.size(path)
+        """Bytes of the file.
+
+        Raises:
+            CheckpointError: this comes from another machine, and is made of other files here.
+        """
+        if path != FILE:
+            return self.base.size(path)
+        for source, file, nbytes in self._elsewhere:
+            if (here := source.size(file)) != nbytes:
+                raise CheckpointError(
+                    f"{source.label}: {file!r} has {here:,} bytes, and {nbytes:,} where tightfit "
+                    "was started",
+                    hint="all machines of the cluster need the same model at the same path",
+                )
+        return self._size
 
     def files(self) -> list[str]:
         """Names of the files: those of weights are the base's no more, but filtered by others."""
@@ -162,29 +176,32 @@ class ComputedSource(ABC, Generic[U]):
 
     def _keep(self, key: _Key, data: memoryview, *, asked: bool) -> None:
         """Until it has been read; what was made again is kept if somebody will ask for it."""
-        if key not in self._cache and (asked or key not in self._done):
-            self._cache[key] = data
-            self._left[key] = len(data)
-            self._held += len(data)
+        if key in self._cache or (not asked and key in self._done):
+            return
+        self._cache[key], self._left[key] = data, len(data)
+        if asked:
+            return
+        self._waiting[key] = None
+        self._waiting_bytes += len(data)
+        while self._waiting_bytes > _KEPT_BYTES:
+            oldest = next(iter(self._waiting))
+            self._begin(oldest)
+            del self._cache[oldest], self._left[oldest]
+
+    def _begin(self, key: _Key) -> None:
+        """Wait no longer for somebody to read it."""
+        if key in self._waiting:
+            del self._waiting[key]
+            self._waiting_bytes -= len(self._cache[key])
 
     def _has_read(self, key: _Key, nbytes: int) -> None:
-        """Forget what has been read, and what nobody has begun to read for too long."""
-        if key not in self._left:
-            return
-        self._left[key] -= nbytes
-        if self._left[key] <= 0:
-            self._done.add(key)
-            self._forget_one(key)
-        if self._held > _KEPT_BYTES:
-            for one in list(self._cache):
-                if self._left[one] == len(self._cache[one]):
-                    self._forget_one(one)
-                if self._held <= _KEPT_BYTES:
-                    break
-
-    def _forget_one(self, key: _Key) -> None:
-        self._held -= len(self._cache.pop(key))
-        del self._left[key]
+        """Forget what has been read."""
+        if key in self._cache:
+            self._begin(key)
+            self._left[key] -= nbytes
+            if self._left[key] <= 0:
+                self._done.add(key)
+                del self._cache[key], self._left[key]
 
     def _bytes_of(self, unit: Made[U]) -> dict[str, memoryview]:
         tensors = self.make(unit.unit)
@@ -210,13 +227,15 @@ class ComputedSource(ABC, Generic[U]):
         self._locks = [Lock() for _ in self._made]
         self._cache: dict[_Key, memoryview] = {}
         self._left: dict[_Key, int] = {}
+        self._waiting: dict[_Key, None] = {}
+        self._waiting_bytes = 0
         self._done: set[_Key] = set()
-        self._held = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Without locks, and what has been made."""
-        hidden = ("_lock", "_locks", "_cache", "_left", "_done", "_held")
-        return {name: value for name, value in vars(self).items() if name not in hidden}
+        hidden = ("_lock", "_locks", "_cache", "_left", "_waiting", "_waiting_bytes", "_done")
+        state = {name: value for name, value in vars(self).items() if name not in hidden}
+        return {**state, "_elsewhere": [(s, file, s.size(file)) for s, file in self._origins()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

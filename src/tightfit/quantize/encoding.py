@@ -1,6 +1,7 @@
 """A checkpoint, quantized while it is read."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from threading import Lock
 from typing import Any
 
@@ -41,11 +42,22 @@ class EncodedSource(ComputedSource[Matrix]):
         """
         coder = codec(unit.choice, TORCH_DTYPES[unit.source.dtype])
         amax = self._amax(unit.fused) if coder.needs_amax else None
-        pieces = []
+        # What is large goes to its place at once, as joining pieces takes their memory twice.
+        large = max(unit.outputs, key=lambda kind: prod(unit.outputs[kind].shape))
+        whole: Tensor | None = None
+        pieces, at = [], 0
         for rows in rows_of(unit, self.base, coder.row_step):
             check_finite(rows, unit)
-            pieces.append(coder.encode(rows, amax, search=self._search))
-        return pieces[0] if len(pieces) == 1 else coder.joined(pieces)
+            piece = coder.encode(rows, amax, search=self._search)
+            pieces.append(piece)
+            values = piece.pop(large)
+            if whole is None:
+                whole = torch.empty(unit.outputs[large].shape, dtype=values.dtype)
+            along = next((i for i in (0, 1) if values.shape[i] != whole.shape[i]), 0)
+            whole.narrow(along, at, values.shape[along]).copy_(values)
+            at += values.shape[along]
+        assert whole is not None
+        return {**coder.joined(pieces), large: whole}
 
     def inputs(self, unit: Matrix) -> Iterable[TensorInfo]:
         """The tensor that it is in."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -106,18 +107,21 @@ def write_job(
 
 def write(
     job: WriteJob,
-    out: str,
+    out: str | Path,
     progress: Progress,
     *,
     resume: bool = False,
     executor: Executor | None = None,
     notice: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> bool:
     """Write the weights, the side files, the manifest and last the config: all, or nothing.
 
     With `resume`, and at a URL always, what is complete stays whatever happens; `resume` goes on
     with it, and proves by checksums what is finished. An `executor` gets one task per file.
     `notice` is told what an interruption leaves at a URL.
+
+    Returns:
+        False if all of it was there already.
 
     Raises:
         OutputError: `out` holds something else, or cannot be written.
@@ -126,6 +130,7 @@ def write(
         TaskLostError: workers of the executor died, again and again.
         UsageError: an executor cannot write to a URL.
     """
+    out = str(out)
     with _one_thread_each():
         if is_remote(out):
             from tightfit.sharding.remote.plain import write_to
@@ -140,6 +145,7 @@ def write(
             written = _write_here(job, out, progress, resume=resume, executor=executor)
     if not written:
         _require_same(job, open_source(out), progress)
+    return written
 
 
 def _write_here(

@@ -42,7 +42,7 @@ class Fp8Tensor(_Fp8):
     @staticmethod
     def joined(pieces: Sequence[Stored]) -> dict[str, Tensor]:
         """All have the same scale."""
-        return {**pieces[0], "weight": torch.cat([piece["weight"] for piece in pieces])}
+        return {**_Fp8.joined(pieces), "weight_scale": pieces[0]["weight_scale"]}
 
     def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
         scale = stored[self.scale_kind]
