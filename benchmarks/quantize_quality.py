@@ -9,8 +9,10 @@ compressed-tensors). PYTHON is that of an environment with llm-compressor. The t
 docstrings of the standard library, as `train_small.py --prepare` writes them.
 
 A difference is that of the mean loss, in percent of perplexity, with the standard error of the mean
-over the windows, which both are judged on. Losses are kept in `--work`: what is there is not
-computed again, except with `--again`.
+over the windows, which both are judged on. Any disturbance moves the loss up or down; how far the
+predictions are from the original's (the mean Kullback-Leibler divergence) only grows with it, and
+tells methods apart with less text. What was judged is kept in `--work` and not computed again,
+except with `--again`.
 """
 
 import argparse
@@ -136,7 +138,7 @@ class Bench:
         text = self.work / "topics.txt"
         text.write_text(topics())
         script = HERE / "peers" / "perplexity.py"
-        command = [str(self.peer), str(script), str(text), str(self.windows)]
+        command = [str(self.peer), str(script), str(text), str(self.windows), str(self.model)]
         yield from _lines("RESULT", [*command, *map(str, directories)])
 
 
@@ -157,15 +159,14 @@ def measure(bench: Bench, wanted: Sequence[Case], producers: Sequence[str]) -> N
     kept: dict[str, Any] = json.loads(bench.kept.read_text()) if bench.kept.exists() else {}
 
     def keep(key: str, answer: Mapping[str, Any]) -> None:
-        kept[key] = {name: answer.get(name) for name in ("losses", "dtype", "error")}
+        names = ("losses", "divergences", "dtype", "error")
+        kept[key] = {name: answer.get(name) for name in names}
         bench.kept.write_text(json.dumps(kept))
-        losses = answer.get("losses")
-        said = f"{math.exp(mean(losses)):.3f}" if losses else str(answer.get("error"))
+        said = str(answer.get("error"))
+        if losses := answer.get("losses"):
+            said = f"{math.exp(mean(losses)):.3f} {mean(answer['divergences']):.5f}"
         print(f"{key:45} {said}", flush=True)
 
-    if ORIGINAL not in kept:
-        for answer in bench.judge([bench.model]):
-            keep(ORIGINAL, answer)
     for producer in producers:
         missing = [case for case in wanted if f"{producer} {case.label}" not in kept]
         # A few at a time: the checkpoints of all are more than many disks hold.
@@ -180,27 +181,29 @@ def measure(bench: Bench, wanted: Sequence[Case], producers: Sequence[str]) -> N
             for label, said in failed.items():
                 keep(f"{producer} {label}", {"error": said})
             done = {str(bench.out(producer, c)): c for c in part if c.label not in failed}
-            if done:
-                for answer in bench.judge([Path(one) for one in done]):
-                    keep(f"{producer} {done[answer['model']].label}", answer)
+            for answer in bench.judge([Path(one) for one in done]) if done else ():
+                case = done.get(answer["model"])
+                keep(f"{producer} {case.label}" if case else ORIGINAL, answer)
             shutil.rmtree(bench.work / producer)
 
 
 def row(case: Case, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexities, their difference in percent (negative: ours is better), or what failed."""
+    """What both are at, their difference (negative: ours is better), or what failed."""
     found: dict[str, Any] = {"case": case.label}
-    losses = {}
-    for producer in (OURS, THEIRS):
-        answer = kept.get(f"{producer} {case.label}", {"losses": None, "error": "not run"})
-        if answer["losses"]:
-            losses[producer] = answer["losses"]
-            found[producer] = round(math.exp(mean(answer["losses"])), 4)
-        else:
-            found[producer] = answer["error"]
-    if len(losses) == 2:
-        apart = [a - b for a, b in zip(losses[OURS], losses[THEIRS], strict=True)]
-        found["difference_percent"] = round(100 * math.expm1(mean(apart)), 3)
-        found["standard_error"] = round(100 * stdev(apart) / math.sqrt(len(apart)), 3)
+    answers = {p: kept.get(f"{p} {case.label}", {"error": "not run"}) for p in (OURS, THEIRS)}
+    for producer, answer in answers.items():
+        found[producer] = {"error": answer["error"]}
+        if losses := answer.get("losses"):
+            found[producer] = {
+                "perplexity": round(math.exp(mean(losses)), 4),
+                "divergence": round(mean(answer["divergences"]), 6),
+            }
+    if all("perplexity" in found[producer] for producer in answers):
+        for key, name in (("losses", "loss"), ("divergences", "divergence")):
+            mine, other = answers[OURS][key], answers[THEIRS][key]
+            apart = [a - b for a, b in zip(mine, other, strict=True)]
+            error = stdev(apart) / math.sqrt(len(apart))
+            found[f"{name}_difference"] = [round(mean(apart), 6), round(error, 6)]
     return found
 
 
@@ -221,22 +224,28 @@ def table(name: str, found: Mapping[str, Any]) -> str:
         f"Unquantized: {found[ORIGINAL]:.3f}, over {found['windows']} windows of 512 tokens; "
         f"calibrated with {found['calibration']}.",
         "",
-        f"| scheme and method | {OURS} | {THEIRS} | difference |",
-        "|---|---|---|---|",
+        f"| scheme and method | {OURS} | {THEIRS} | difference in % | divergence: {OURS} "
+        f"| {THEIRS} | difference |",
+        "|---|---|---|---|---|---|---|",
     ]
     for one in found["rows"]:
-        cells = [
-            f"{one[p]:.3f}" if isinstance(one[p], float) else _short(one[p]) for p in (OURS, THEIRS)
-        ]
-        apart = "-"
-        if "difference_percent" in one:
-            apart = f"{one['difference_percent']:+.2f}% ± {one['standard_error']:.2f}"
-        lines.append(f"| {one['case']} | {' | '.join(cells)} | {apart} |")
+        cells = [one["case"]]
+        for key, digits in (("perplexity", 3), ("divergence", 4)):
+            for producer in (OURS, THEIRS):
+                value = one[producer].get(key)
+                cells.append(_short(one[producer]) if value is None else f"{value:.{digits}f}")
+            if key == "perplexity" and (pair := one.get("loss_difference")):
+                cells.append(f"{100 * pair[0]:+.2f} ± {100 * pair[1]:.2f}")
+            elif key == "divergence" and (pair := one.get("divergence_difference")):
+                cells.append(f"{pair[0]:+.4f} ± {pair[1]:.4f}")
+            else:
+                cells.append("-")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _short(said: str) -> str:
-    told = re.sub(r"\s+", " ", said).replace("|", "/")
+def _short(answer: Mapping[str, str]) -> str:
+    told = re.sub(r"\s+", " ", answer["error"]).replace("|", "/")
     return told if len(told) < 60 else f"{told[:57]}..."
 
 
@@ -247,9 +256,10 @@ def write(models: Mapping[str, Any]) -> None:
         "",
         "`benchmarks/quantize_quality.py`: the same scheme and method by both, judged by one",
         "program. Test text: `pydoc_data.topics`; calibration text: docstrings of the standard",
-        "library. The difference is in percent of perplexity, ± its standard error over windows;",
-        f"negative: {OURS} is better. `small` was trained by `train_small.py` and never quantized",
-        "before; the others come from 4-bit files, so they show correctness more than ranking.",
+        "library. Differences are of perplexity in percent, and of the mean divergence from the",
+        "unquantized model's predictions in nats, ± the standard error over windows; negative:",
+        f"{OURS} is better. `small` was trained by `train_small.py`, and never quantized; the",
+        "others come from 4-bit files, so they show correctness more than ranking.",
         "",
     ]
     tables = "\n\n".join(table(name, found) for name, found in models.items())

@@ -106,7 +106,7 @@ def recipe(method: str, asked: QuantizationScheme) -> list[Any]:
 
 
 def calibrated(job: dict[str, Any], asked: QuantizationScheme) -> None:
-    """`samples` windows of `length` tokens from the start of the text."""
+    """`samples` windows of `length` tokens, spread over the text."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -116,8 +116,8 @@ def calibrated(job: dict[str, Any], asked: QuantizationScheme) -> None:
     length, first = job["length"], []
     if tokenizer.bos_token == "<bos>":
         first = [tokenizer.bos_token_id]
-    step = length - len(first)
-    windows = [first + ids[step * i : step * (i + 1)] for i in range(job["samples"])]
+    step, apart = length - len(first), len(ids) // job["samples"]
+    windows = [first + ids[apart * i : apart * i + step] for i in range(job["samples"])]
     data = {"input_ids": windows, "attention_mask": [[1] * length] * len(windows)}
     oneshot(
         model=job["model"],
