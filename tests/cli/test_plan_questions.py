@@ -17,7 +17,7 @@ def words(text: str) -> str:
 
 
 def test_every_option_has_a_flag() -> None:
-    own = {"device", "tokenizer_json_bytes"}
+    own = {"device", "tokenizer_json_bytes", "quantization_recipe"}
     assert set(FLAGS) - {"gpu", "gpu_memory"} == set(PlanOptions.__annotations__) - own
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.configs import MODELS, read_config, read_spec
+from support.quantized import Tensor
 from tightfit import __version__
 from tightfit.errors import TightfitError, UnsupportedModelError
 from tightfit.model.families import model_spec
@@ -119,8 +120,10 @@ def test_schema_1_without_a_device() -> None:
 
 
 def test_headers_are_said() -> None:
-    plan = make_plan(read_spec("Qwen3-8B"), PlanOptions(), name="x", from_headers=True)
-    assert plan.to_json()["model"]["weights_origin"] == "headers"
+    header = {"a": Tensor(dtype="F32", shape=(3, 5))}
+    plan = make_plan(read_spec("Qwen3-8B"), PlanOptions(), name="x", tensors=header)
+    model = plan.to_json()["model"]
+    assert (model["weights_origin"], model["checkpoint_bytes"]) == ("headers", 60)
 
 
 devices = st.none() | st.builds(

@@ -141,9 +141,10 @@ class Answers:
         """Print how components were computed, whatever the verdict is."""
         from tightfit.planner.assemble import engine
         from tightfit.planner.explain import explain, explanation_lines
+        from tightfit.planner.quantized import as_written
 
         chosen = engine(options)
-        spec = chosen.adapt(self.opened.spec, options)
+        spec = chosen.adapt(as_written(self.opened.spec, options), options)
         found = explain(plan, spec, chosen.parallel(options), name)
         if self.form == "json":
             print_json({"schema": SCHEMA, "explain": [one.to_json() for one in found]})

@@ -11,7 +11,7 @@ from tightfit.cli import options as o
 from tightfit.cli.answers import Answers
 from tightfit.cli.ci import read_output, read_threshold
 from tightfit.cli.output import console, guarded, note, print_json, warn
-from tightfit.cli.plan_request import read_request
+from tightfit.cli.plan_request import read_request, with_recipe
 from tightfit.cli.shards import options_of_shards, read_shards, require_one_layout
 from tightfit.errors import UsageError
 from tightfit.planner.api import open_model
@@ -130,6 +130,24 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    quantization_recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Memory",
+            help="Plan what `quantize --recipe` writes.",
+            show_default=False,
+        ),
+    ] = None,
+    quantization_ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            rich_help_panel="Memory",
+            help="Modules that `quantize` leaves as they are; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     revision: o.Revision = None,
     as_json: o.Json = False,
     **asked: Any,
@@ -169,11 +187,12 @@ def plan(
     )
     for text in request.warnings:
         warn(text)
-    size = request.asked.get("tensor_parallel_size")
+    asked = with_recipe(request.asked, quantization_recipe, quantization_ignore or ())
+    size = asked.get("tensor_parallel_size")
     shards = read_shards(request.model)
     if shards is not None:
         require_one_layout(sweep or (), request.model)
-    wanted = options_of_shards(request.asked, shards, request.model)
+    wanted = options_of_shards(asked, shards, request.model)
     opened = open_model(request.model, revision=request.revision)
     answers = Answers(
         opened=opened,

@@ -1,6 +1,6 @@
 """What `plan` is asked: flags, over what a command, a YAML file or a log of vLLM says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,3 +73,34 @@ def read_request(
         revision=revision,
         warnings=tuple(text for one in parsed for text in one.warnings),
     )
+
+
+def with_recipe(
+    asked: Mapping[str, Any], recipe: Path | None, ignore: Sequence[str]
+) -> dict[str, Any]:
+    """What is asked, with all that is said of `quantize` in one recipe.
+
+    Raises:
+        UsageError: there is nothing to ignore modules of, or a recipe that cannot be read or that
+            the flags contradict.
+    """
+    found = dict(asked)
+    if recipe is None and not ignore:
+        return found
+    scheme = found.pop("quantization", None)
+    if recipe is None and scheme is None:
+        raise UsageError(
+            f"--quantization-ignore {ignore[0]!r} without a scheme",
+            hint="--quantization w4a16, or --quantization-recipe FILE",
+        )
+    from tightfit.cli.quantize_request import wish_from
+
+    found["quantization_recipe"] = wish_from(
+        recipe,
+        scheme=scheme,
+        group_size=found.pop("quantization_group_size", None),
+        file_format=found.pop("quantization_format", None),
+        kv_cache=None,
+        ignore=ignore,
+    )
+    return found

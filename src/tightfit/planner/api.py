@@ -45,7 +45,7 @@ class OpenedModel:
             spec,
             options,
             name=self.checkpoint.name,
-            from_headers=self.from_headers,
+            tensors=self.checkpoint.tensors() if self.from_headers else {},
             measured=_own_measurements(spec, options) if corrected else None,
         )
 

@@ -14,8 +14,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from tightfit.errors import UsageError
+from tightfit.model.quantization.written import COMPRESSED_TENSORS
 from tightfit.planner.options import KV_DTYPES, Option, PlanOptions
 from tightfit.planner.plan import Plan
+from tightfit.planner.quantized import wish_of
 from tightfit.planner.vllm_flags import MATTERS
 from tightfit.units import TORCH_DTYPES, GiB, MiB, cdiv
 
@@ -59,21 +61,42 @@ def emit(
             f"nothing to emit, for the plan does not fit: {plan.verdict.reason}",
             hint="see --advise or --fit",
         )
-    model = _served(model)
+    first, model = _quantized(plan, _served(model))
     arguments = list(_arguments(plan, options, pin_kv_cache=pin_kv_cache))
     environment = _environment(plan, options)
     if kind == "vllm":
-        return _command(model, arguments, environment)
+        return first + _command(model, arguments, environment)
     if kind not in ("compose", "k8s"):
         raise UsageError(f"unknown --emit {kind!r}", hint="vllm, compose or k8s")
     where = "cuda" if plan.device is None else plan.device.kind
     if where not in _IMAGES:
         raise UsageError(f"no image of vLLM for {where} is known", hint="use --emit vllm")
     path, local = _inside(model)
-    head = _remark(plan, local)
+    head = first + _remark(plan, local)
     words = [path, *(word for argument in arguments for word in argument)]
     parts = _compose if kind == "compose" else _kubernetes
     return head + parts(plan, words, environment, _gpus(plan, options), where, local=bool(local))
+
+
+def _quantized(plan: Plan, model: str) -> tuple[str, str]:
+    """A remark on the checkpoint that has to be written first, and what is served."""
+    wish = wish_of(plan.options.asked)
+    if wish is None:
+        return "", model
+    path = model.rstrip("/")
+    local = "://" not in path and (path.startswith(("/", ".", "~")) or Path(path).exists())
+    name = re.sub(r"[^a-z0-9]+", "-", wish.label).strip("-")
+    out = f"{path if local else './' + PurePath(path).name}-{name}"
+    choice, rest = wish.default, [one for _, one in wish.rules if one is not None]
+    words = ["tightfit", "quantize", model, out]
+    if choice is None or rest or wish.kv_cache:
+        words += ["--recipe", "RECIPE"]
+    else:
+        words += ["--scheme", choice.scheme]
+        words += ["--group-size", str(choice.group_size)] if choice.group_size else []
+        words += ["--format", choice.format] if choice.format != COMPRESSED_TENSORS else []
+        words += [word for pattern, _ in wish.rules for word in ("--ignore", pattern)]
+    return f"# First: {shlex.join(words)}\n", out
 
 
 def _command(model: str, arguments: list[list[str]], environment: Mapping[str, str]) -> str:
@@ -124,6 +147,9 @@ def _asked(plan: Plan, options: PlanOptions | None) -> dict[str, Any]:
             found.pop(name, None)
         elif option.origin in ("flag", "fitted"):
             found[name] = _spelled(name, option.value)
+    if wish_of(plan.options.asked) is not None:
+        # The checkpoint says it, once it is written.
+        found.pop("quantization", None)
     sizes = found.get("cudagraph_capture_sizes")
     if found.get("enforce_eager") or sizes == () or "max_cudagraph_capture_size" in found:
         found.pop("cudagraph_capture_sizes", None)

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tightfit.errors import UsageError
 from tightfit.planner.devices import Device
 from tightfit.units import TORCH_DTYPES
+
+if TYPE_CHECKING:
+    from tightfit.model.quantization.written import Wish
 
 T = TypeVar("T")
 
@@ -68,6 +71,11 @@ class PlanOptions:
     decode_context_parallel_size: int = 1
     quantization: str | None = None
     """A scheme that the engine applies while it loads (`fp8`), or one of `tightfit quantize`."""
+    quantization_group_size: int | None = None
+    quantization_format: str | None = None
+    """Of what `tightfit quantize` would write."""
+    quantization_recipe: "Wish | None" = None
+    """What it would make of the model, where that is more than a scheme."""
     load_format: str = "auto"
     enable_prefix_caching: bool | None = None
     enable_chunked_prefill: bool | None = None

@@ -19,7 +19,7 @@ from tightfit.planner.vllm_flags import SHORT
 from tightfit.units import GiB, parse_bytes, parse_tokens
 
 _DEVICE = ("gpu", "gpu_memory")
-_INTERNAL = ("device", "tokenizer_json_bytes")
+_INTERNAL = ("device", "tokenizer_json_bytes", "quantization_recipe")
 
 
 def option_name(text: str) -> str:
@@ -51,13 +51,14 @@ def plan_options(given: Mapping[str, object]) -> PlanOptions:
     values = {
         option_name(name): read_option(option_name(name), value)
         for name, value in given.items()
-        if value is not None
+        if value is not None and name != "quantization_recipe"
     }
     gpu, gpu_memory = values.pop("gpu", None), values.pop("gpu_memory", None)
     where: Device | None = device(gpu, gpu_memory)
     if where is None and values.get("engine") == "builtin":
         where = this_machine()
-    return PlanOptions(device=where, **values)
+    recipe: Any = given.get("quantization_recipe")
+    return PlanOptions(device=where, quantization_recipe=recipe, **values)
 
 
 def read_option(name: str, value: object) -> Any:

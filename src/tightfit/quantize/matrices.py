@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tightfit.checkpoint.header import TensorInfo
-from tightfit.errors import CheckpointError, UnsupportedModelError
+from tightfit.errors import CheckpointError
 from tightfit.model.layout import Part, Weight
 from tightfit.model.quantization.forms import Form, stored_forms
 from tightfit.model.quantization.recipe import split_experts
@@ -56,7 +56,6 @@ def quantized_matrices(
 
     Raises:
         LayoutError: groups or words do not divide a matrix.
-        UnsupportedModelError: it is stored in a way that quantized checkpoints have no form for.
         CheckpointError: it is not stored as floats.
     """
     found: dict[str, Matrix] = {}
@@ -78,7 +77,6 @@ def matrices_of(
     choice = decisions[module_name(split.parts[0].source)]
     if choice is None:
         return
-    _check_storage(weight)
     forms = list(stored_forms(split, choice.forms))
     for number, (part, apart) in enumerate(zip(weight.parts, split.parts, strict=True)):
         for expert in range(max(weight.experts, 1)):
@@ -126,20 +124,3 @@ def place(weight: Weight, part: Part, expert: int) -> tuple[int, int, int]:
     if weight.transposed:
         return part.rows, first + part.first_row, rows
     return part.rows, first + part.first_row * weight.columns, weight.columns
-
-
-def _check_storage(weight: Weight) -> None:
-    alternating = weight.stacked and any(p.axis and p.axis.unit_rows > 1 for p in weight.parts)
-    if alternating or weight.stored_shape is not None or (weight.transposed and not weight.stacked):
-        kind = (
-            "rows of gate and up alternate"
-            if alternating
-            else "its experts are one long matrix"
-            if weight.stored_shape is not None
-            else "it is stored as [inputs, outputs]"
-        )
-        raise UnsupportedModelError(
-            f"{weight.parts[0].source} cannot be quantized: {kind}, for which quantized "
-            "checkpoints have no form that engines load",
-            hint="leave such layers alone (--ignore)",
-        )

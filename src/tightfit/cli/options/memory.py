@@ -62,8 +62,24 @@ Quantization = Annotated[
     str | None,
     typer.Option(
         rich_help_panel=_PANEL,
-        help="Quantize while loading (fp8), or plan a checkpoint of a scheme such as w4a16.",
+        help="Quantize while loading (fp8), or plan what `quantize` writes, such as w4a16.",
         show_default=False,
+    ),
+]
+QuantizationGroupSize = Annotated[
+    int | None,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help="Of what `quantize` writes: inputs that share a scale; -1 for whole rows.",
+        show_default="128",
+    ),
+]
+QuantizationFormat = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help="Of its files: compressed-tensors, fp8, gptq or awq.",
+        show_default="compressed-tensors",
     ),
 ]
 KvCacheDtype = Annotated[

@@ -101,7 +101,9 @@ class OnlineQuantization(Quantization):
         return self
 
 
-def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None) -> ModelSpec:
+def quantize_spec(
+    spec: ModelSpec, scheme: str, *, group_size: int | None = None, wish: Wish | None = None
+) -> ModelSpec:
     """The model as `--quantization SCHEME` makes it.
 
     Embeddings, output layer, routers, norms and towers stay as they are; so do layers with a state
@@ -113,6 +115,7 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
         scheme: one of `ONLINE` or `SCHEMES`, or the checkpoint's own method.
         group_size: inputs that share a scale, for the integer schemes of `quantize` that leave
             activations alone; -1 for one scale for each output.
+        wish: more than one of `SCHEMES` says, which `scheme` is then but a name of.
 
     Raises:
         UsageError: no such scheme, a group size where there are none, or a model that is quantized
@@ -126,7 +129,7 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
             f"{spec.quantization.name}",
             hint="leave --quantization out, or give the unquantized model",
         )
-    if scheme in ONLINE:
+    if wish is None and scheme in ONLINE:
         online = ONLINE[scheme]
         recipe = Recipe(
             name=scheme,
@@ -136,10 +139,11 @@ def quantize_spec(spec: ModelSpec, scheme: str, *, group_size: int | None = None
             padded_experts=online.padded_experts,
         )
         return replace(spec, quantization=OnlineQuantization(recipe=recipe))
-    if scheme not in SCHEMES:
+    if wish is None and scheme not in SCHEMES:
         raise UsageError(
             f"unknown --quantization {scheme!r}",
             hint="vLLM's: " + ", ".join(ONLINE) + "; of checkpoints: " + ", ".join(SCHEMES),
         )
-    wish = Wish(default=Choice(scheme=scheme, group_size=group_size))
-    return replace(spec, quantization=written(spec, wish))
+    wish = wish or Wish(default=Choice(scheme=scheme, group_size=group_size))
+    cache = "fp8" if wish.kv_cache else None
+    return replace(spec, quantization=written(spec, wish), kv_cache_quantization=cache)

@@ -208,7 +208,8 @@ def written(spec: ModelSpec, wish: Wish) -> Recipe:
     Raises:
         UsageError: as `decide` and `Wish.format`.
         UnsupportedModelError: engines hold matrices as one, or experts together, that are to be
-            quantized differently; or nothing is left to quantize.
+            quantized differently; a matrix is stored in a way that quantized checkpoints have no
+            form for; or nothing is left to quantize.
     """
     decisions = decide(spec, wish)
     head = f"{spec.names.head}.weight"
@@ -225,6 +226,9 @@ def written(spec: ModelSpec, wish: Wish) -> Recipe:
         placeholders=_PLACEHOLDERS.get(wish.format, ()),
     )
     check_together(spec, decisions)
+    for weight in matrices(spec):
+        if decisions[module_name(split_experts(weight).parts[0].source)] is not None:
+            _check_storage(weight)
     return recipe
 
 
@@ -251,6 +255,23 @@ def check_together(spec: ModelSpec, decisions: Decisions) -> None:
         raise UnsupportedModelError(
             f"nothing of {spec.architecture} would be quantized",
             hint="its matrices were all left alone; name them with a rule",
+        )
+
+
+def _check_storage(weight: Weight) -> None:
+    alternating = weight.stacked and any(p.axis and p.axis.unit_rows > 1 for p in weight.parts)
+    if alternating or weight.stored_shape is not None or (weight.transposed and not weight.stacked):
+        kind = (
+            "rows of gate and up alternate"
+            if alternating
+            else "its experts are one long matrix"
+            if weight.stored_shape is not None
+            else "it is stored as [inputs, outputs]"
+        )
+        raise UnsupportedModelError(
+            f"{weight.parts[0].source} cannot be quantized: {kind}, for which quantized "
+            "checkpoints have no form that engines load",
+            hint="leave such layers alone (--ignore)",
         )
 
 

@@ -26,6 +26,7 @@ from tightfit.planner.engines.vllm_versions import (
 from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
+from tightfit.planner.quantized import wish_of
 from tightfit.planner.resolve import resolve_dtype, resolve_kv_dtype, resolve_max_model_len
 from tightfit.planner.weights import offloadable
 from tightfit.units import GiB, dtype_bytes
@@ -84,7 +85,7 @@ class VLLM(Engine):
             from tightfit.planner.engines.vllm_media import built
 
             spec = built(spec, options)
-        if options.quantization is not None:
+        if options.quantization is not None and wish_of(options) is None:
             from tightfit.model.quantization.online import quantize_spec
 
             spec = quantize_spec(spec, options.quantization)
@@ -290,6 +291,8 @@ def _unless(value: int, default: int) -> int | None:
 
 
 def _quantization(spec: ModelSpec, options: PlanOptions) -> Option[str | None]:
+    if options.quantization_recipe is not None:
+        return Option(value=options.quantization_recipe.label, origin="flag")
     if options.quantization is not None:
         return Option(value=options.quantization, origin="flag")
     name = None if spec.quantization is None else spec.quantization.name
