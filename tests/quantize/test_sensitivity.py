@@ -40,11 +40,12 @@ def job(model: Path, scheme: str = "w4a16", **rules: Choice | None) -> QuantizeJ
 
 
 def seeded(path: Path, config: dict[str, object] = LLAMA) -> Path:
-    """With one layer whose weights have longer tails than those of the others."""
+    """With one layer that is hard to quantize: the weights of the others have one size."""
     model = write_seeded_model(config, path)
     tensors = load_file(model / "model.safetensors")
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        tensors[f"model.layers.1.self_attn.{name}.weight"].pow_(3)
+    for name, tensor in tensors.items():
+        if "_proj" in name and ".layers.1." not in name:
+            tensor.sign_().mul_(0.05)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     return model
 
