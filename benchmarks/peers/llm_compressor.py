@@ -11,6 +11,7 @@ JSON is printed for each job.
 """
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def recipe(method: str, asked: QuantizationScheme) -> list[Any]:
 
 
 def calibrated(job: dict[str, Any], asked: QuantizationScheme) -> None:
-    """`samples` windows of `length` tokens, spread over the text."""
+    """`samples` windows of `length` tokens: the ones that tightfit draws as well."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -116,8 +117,9 @@ def calibrated(job: dict[str, Any], asked: QuantizationScheme) -> None:
     length, first = job["length"], []
     if tokenizer.bos_token == "<bos>":
         first = [tokenizer.bos_token_id]
-    step, apart = length - len(first), len(ids) // job["samples"]
-    windows = [first + ids[apart * i : apart * i + step] for i in range(job["samples"])]
+    step = length - len(first)
+    chosen = random.Random(0).sample(range(len(ids) // step), job["samples"])
+    windows = [first + ids[step * i : step * (i + 1)] for i in sorted(chosen)]
     data = {"input_ids": windows, "attention_mask": [[1] * length] * len(windows)}
     oneshot(
         model=job["model"],
