@@ -20,6 +20,13 @@ from tightfit.model.quantization.written import Wish, decide, written
 from tightfit.model.spec import ModelSpec
 
 ALL_KEEP_A_STATE = ("falcon-mamba-7b", "mamba-130m-hf", "mamba2-780m")
+STORED_OTHERWISE = {
+    "dbrx-base": "its experts are one long matrix",
+    "gpt-oss-20b-BF16": "rows of gate and up alternate",
+    "gpt2": r"it is stored as \[inputs, outputs\]",
+}
+"""In ways that quantized checkpoints do not have."""
+QUANTIZED = {*ONE_PER_ARCHITECTURE} - {*ALL_KEEP_A_STATE, *STORED_OTHERWISE}
 
 
 def plain_spec(name: str) -> ModelSpec:
@@ -56,7 +63,7 @@ def assert_says_what_is_written(spec: ModelSpec, wish: Wish) -> None:
     assert loaded_parameters(said) == held
 
 
-@pytest.mark.parametrize("name", sorted({*ONE_PER_ARCHITECTURE} - {*ALL_KEEP_A_STATE}))
+@pytest.mark.parametrize("name", sorted(QUANTIZED))
 def test_every_architecture(name: str) -> None:
     spec = plain_spec(name)
     for label in ONE_OF_EACH_FORMAT:
@@ -67,6 +74,12 @@ def test_every_architecture(name: str) -> None:
 @pytest.mark.parametrize("name", ALL_KEEP_A_STATE)
 def test_nothing_is_left_of_models_whose_layers_keep_a_state(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match="would be quantized"):
+        written(plain_spec(name), WISHES["int8"])
+
+
+@pytest.mark.parametrize("name", STORED_OTHERWISE)
+def test_matrices_that_no_quantized_checkpoint_holds(name: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=STORED_OTHERWISE[name]):
         written(plain_spec(name), WISHES["int8"])
 
 

@@ -1,7 +1,7 @@
 """Plan a model wherever its checkpoint is."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.describe import describe
@@ -10,6 +10,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
+from tightfit.planner.quantized import stored_bytes, wish_of
 
 _TOKENIZER = "tokenizer.json"
 
@@ -22,6 +23,7 @@ class OpenedModel:
     spec: ModelSpec
     from_headers: bool
     tokenizer_json_bytes: int = 0
+    _sizes: dict[object, int] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self, options: PlanOptions, *, corrected: bool = True) -> Plan:
         """Plan it with these options.
@@ -45,9 +47,16 @@ class OpenedModel:
             spec,
             options,
             name=self.checkpoint.name,
-            tensors=self.checkpoint.tensors() if self.from_headers else {},
+            stored_bytes=self._stored_bytes(options) if self.from_headers else None,
             measured=_own_measurements(spec, options) if corrected else None,
         )
+
+    def _stored_bytes(self, options: PlanOptions) -> int:
+        """Of the checkpoint that is planned; a sweep asks for it again and again."""
+        wish = wish_of(options)
+        if wish not in self._sizes:
+            self._sizes[wish] = stored_bytes(self.spec, options, self.checkpoint.tensors())
+        return self._sizes[wish]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,23 +3,21 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import NamedTuple
 
 from tightfit.errors import UsageError
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import check_parallel, parameter_count
-from tightfit.model.sources import Tensor
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Deployed, Engine
 from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, ModelSummary, Plan
 from tightfit.planner.pool import Fixed, Pool, all_fixed, pool_of
-from tightfit.planner.quantized import as_written, stored_bytes
+from tightfit.planner.quantized import as_written
 from tightfit.planner.resolve import model_max_len
 from tightfit.planner.verdict import kv_plan, rank_plan, verdict_of
-from tightfit.planner.weights import weights_component
+from tightfit.planner.weights import checkpoint_bytes, weights_component
 from tightfit.units import format_bytes
 
 
@@ -49,7 +47,7 @@ def make_plan(
     options: PlanOptions,
     *,
     name: str,
-    tensors: Mapping[str, Tensor] = MappingProxyType({}),
+    stored_bytes: int | None = None,
     measured: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan the memory of every rank.
@@ -58,7 +56,7 @@ def make_plan(
         spec: the model.
         options: what the user asked for.
         name: of the model, for the reader.
-        tensors: of the checkpoint, if its headers were read.
+        stored_bytes: of all tensors of the checkpoint, if its headers were read.
         measured: bytes to add to components, which the user's own start-ups have taught.
 
     Raises:
@@ -66,8 +64,9 @@ def make_plan(
         UsageError: options that contradict each other or the model.
     """
     chosen = engine(options)
-    summary = _summary(spec, options, name, tensors)
-    spec = _adapted(as_written(spec, options), chosen, options)
+    spec = as_written(spec, options)
+    summary = _summary(spec, name, stored_bytes)
+    spec = _adapted(spec, chosen, options)
     parallel = chosen.parallel(options)
     _check_parallel(spec, parallel)
     dtype = chosen.resolve(spec, options).dtype.value
@@ -197,18 +196,16 @@ def _on_device(
 # A sweep asks the same of the same model again and again.
 _weights = lru_cache(maxsize=1024)(weights_component)
 _check_parallel = lru_cache(maxsize=64)(check_parallel)
-_count = lru_cache(maxsize=8)(parameter_count)
 
 
-def _summary(
-    spec: ModelSpec, options: PlanOptions, name: str, tensors: Mapping[str, Tensor]
-) -> ModelSummary:
+@lru_cache(maxsize=8)
+def _summary(spec: ModelSpec, name: str, stored_bytes: int | None) -> ModelSummary:
     return ModelSummary(
         name=name,
         architecture=spec.architecture,
-        params=_count(spec),
-        checkpoint_bytes=stored_bytes(spec, options, tensors),
-        weights_origin=spec.listed_from or ("headers" if tensors else "shapes"),
+        params=parameter_count(spec),
+        checkpoint_bytes=checkpoint_bytes(spec) if stored_bytes is None else stored_bytes,
+        weights_origin=spec.listed_from or ("shapes" if stored_bytes is None else "headers"),
     )
 
 

@@ -75,34 +75,25 @@ def _quantized(spec: ModelSpec, wish: "Wish", scheme: str | None) -> ModelSpec:
     return quantize_spec(spec, scheme or wish.label, wish=wish)
 
 
-_BYTES: dict[tuple[ModelSpec, "Wish | None"], int] = {}
-_MOST_BYTES = 64
-
-
 def stored_bytes(spec: ModelSpec, options: PlanOptions, tensors: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors of the checkpoint that is planned.
 
     Args:
         spec: the model that there is.
         options: of the plan.
-        tensors: by their headers, or empty where only the config is known.
+        tensors: of its checkpoint.
+
+    Raises:
+        LayoutError, UsageError, UnsupportedModelError: as `as_written`.
     """
     written = as_written(spec, options)
-    wish = None if written is spec else wish_of(options)
-    if (spec, wish) not in _BYTES:
-        if len(_BYTES) >= _MOST_BYTES:
-            _BYTES.clear()
-        _BYTES[spec, wish] = _count(spec, written, wish, tensors)
-    return _BYTES[spec, wish]
-
-
-def _count(
-    spec: ModelSpec, written: ModelSpec, wish: "Wish | None", tensors: Mapping[str, Tensor]
-) -> int:
-    if not tensors or (wish is not None and spec.alias is not None):
-        return checkpoint_bytes(written)
-    if wish is None:
+    if written is spec:
         return sum(tensor.nbytes for tensor in tensors.values())
+    wish = wish_of(options)
+    assert wish is not None
+    if spec.alias is not None:
+        # `quantize` does not take such names, and a plan has no others.
+        return checkpoint_bytes(written)
     from tightfit.model.quantization.sizes import written_bytes
 
     return written_bytes(spec, wish, tensors)
