@@ -116,7 +116,7 @@ def test_keyboard(chrome: Chromium, pages: dict[str, str]) -> None:
         return str(chrome.evaluate("document.activeElement.textContent.trim()"))
 
     chrome.press("Tab", 9)
-    assert focused() == "Skip to the plan"
+    assert focused() == "Skip to the page"
     assert chrome.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
     chrome.press("Enter", 13, "\r")
     assert chrome.evaluate("document.activeElement.id") == "main"

@@ -40,17 +40,17 @@ def write_report(
     if path.suffix.lower() == ".svg":
         from tightfit.cli.report.picture import picture
 
-        _write(path, picture(documents).encode())
+        write_file(path, picture(documents).encode())
         return
     from tightfit.cli.report.page import page
 
     text = page(documents, grids).encode()
     if path.suffix.lower() == ".html":
-        _write(path, text)
+        write_file(path, text)
         return
     from tightfit.cli.report.browser import screenshot
 
-    _write(path, screenshot(text))
+    write_file(path, screenshot(text))
 
 
 def check_suffix(path: Path) -> None:
@@ -77,8 +77,12 @@ def _grids(
     return grids
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Under another name first, so that no half of a report looks whole."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under another name first, so that no half of a report looks whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     partial = None
     try:
         handle, partial = tempfile.mkstemp(suffix=".partial", prefix=path.name, dir=path.parent)

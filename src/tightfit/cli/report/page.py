@@ -23,14 +23,20 @@ def page(documents: Sequence[Document], grids: Sequence[Grid | None]) -> str:
         title = ", ".join(sweep.subject(found))
         body = join([sweep.headline(found), sweep.overview(found, names), sweep.capacity(found)])
         body = join([body, *(point(number, one) for number, one in enumerate(found))])
+    return assemble("plan", join(title), body, str(documents[0]["tightfit"]))
+
+
+def assemble(command: str, title: str, body: Markup, version: str) -> str:
+    """The whole HTML document of a command of ours; the title is escaped already."""
     script = _file("script.js")
     parts = {
-        "title": join(title),
+        "title": title,
+        "command": command,
         "policy": policy(script),
         "style": _file("style.css") + page_variables(),
         "script": script,
         "body": body,
-        "version": join(str(documents[0]["tightfit"])),
+        "version": join(version),
     }
     text = _file("template.html")
     # One pass: what a name brings along is never looked at again.
