@@ -61,6 +61,13 @@ class Text:
         ids: list[int] = self.tokenizer.encode(prompt).ids
         return ids
 
+    @property
+    def first_ids(self) -> list[int]:
+        """What stands before every text: without it some models, such as Gemma, talk nonsense."""
+        first = self.tokenizer.token_to_id(self._special.get("bos_token", ""))
+        added = self._config.get("add_bos_token") is True or self.encode("")[:1] == [first]
+        return [first] if first is not None and added else []
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that the model is to continue.
 

@@ -1,23 +1,62 @@
 """The walk through the layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+import xxhash
+from torch import Tensor
+
+from tightfit import __version__
+from tightfit.errors import UsageError
 from tightfit.model.quantization.written import Wish
+from tightfit.quantize.calibration.layer import LayerCalibration
+from tightfit.quantize.calibration.observers import INPUT_SCALE, Observer
 from tightfit.quantize.calibration.options import CalibrationOptions
-from tightfit.quantize.computed_source import Kept
+from tightfit.quantize.calibration.samples import token_windows
+from tightfit.quantize.calibration.state import State
+from tightfit.quantize.computed_source import FILE, Kept
 from tightfit.quantize.job import QuantizeJob
+from tightfit.runtime.layerwise import LayerwiseModel, LoadedLayer
 from tightfit.sharding.progress import Progress
 
-METHODS = ("gptq", "awq", "smoothquant")
+_TOKENS = 2048
+"""That go through a layer together."""
+_GPTQ = (
+    *("fp8-tensor", "fp8-channel", "fp8-block", "int8", "w8a16", "w4a16", "w4a16-asym"),
+    *("nvfp4", "nvfp4a16", "mxfp4", "mxfp8"),
+)
+_SCHEMES = {
+    "gptq": _GPTQ,
+    "awq": ("w4a16", "w4a16-asym", "nvfp4", "nvfp4a16", "mxfp4"),
+    "smoothquant": ("int8", "fp8-tensor", "fp8-channel", "fp8-block"),
+}
+_WHY = {
+    "awq": "protects the weights of large inputs from being rounded to 4 bits",
+    "smoothquant": "makes the rounding of activations to 8 bits easier",
+}
 
 
 def is_needed(wish: Wish, method: str) -> bool:
-    """Whether something has to be calibrated: by the method, or for scales of activations."""
+    """Whether something has to be calibrated: by the method, or for scales of activations.
+
+    Raises:
+        UsageError: the method makes no sense for a scheme.
+    """
+    if method in _SCHEMES:
+        for choice in wish.choices:
+            if choice.scheme not in _SCHEMES[method]:
+                raise UsageError(
+                    f"the method {method} makes no sense for the scheme {choice.scheme}: it "
+                    f"{_WHY.get(method, 'rounds weights')}",
+                    hint=f"{method} is for {', '.join(_SCHEMES[method])}; gptq is for all schemes",
+                )
     static = any(choice.scheme == "nvfp4" for choice in wish.choices)
-    return method in METHODS or static or wish.kv_cache
+    return method in _SCHEMES or static or wish.kv_cache
 
 
+@torch.no_grad()
 def calibrate(
     job: QuantizeJob,
     options: CalibrationOptions,
@@ -28,6 +67,10 @@ def calibrate(
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Kept]:
     """Choose the tensors of a quantized checkpoint with the help of data.
+
+    The samples' activations are in a file of `directory`, whatever their size, and of weights only
+    those of one layer are in memory, as float32, with the Gram matrices of its inputs. What is
+    not in a decoder layer, such as the output layer, is left to the stream.
 
     Args:
         job: of a checkpoint whose files are local, and of any method.
@@ -47,4 +90,77 @@ def calibrate(
         CheckpointError: weights that are damaged or not finite.
         OutputError: `directory` holds something else, or cannot be written.
     """
-    raise NotImplementedError
+    is_needed(job.wish, job.method)
+    _check_observed(job)
+    model = LayerwiseModel(job.checkpoint)
+    tokens = token_windows(job.checkpoint, options, warn)
+    state = State(directory, _identity(job, tokens), resume=resume)
+    shape = (*tokens.shape, job.spec.hidden_size)
+    step = max(1, _TOKENS // tokens.shape[1])
+    sizes = [_layer_bytes(job, index) for index in range(model.num_layers)]
+    progress.phase("calibrate", sum(sizes))
+    progress.advance(sum(sizes[: state.done]))
+    if not state.has_begun:
+        state.begin(shape, (model.embed(part) for part in tokens.split(step)))
+    while state.done < model.num_layers:
+        index = state.done
+        hidden = state.hidden()
+
+        def samples(hidden: Tensor = hidden) -> Iterable[Tensor]:
+            return hidden.split(step)
+
+        layer = model.layer(index)
+        work = LayerCalibration(job, index, layer, samples, tokens=tokens.numel(), warn=warn)
+        tensors = work.run()
+        state.add(shape, _onward(job, index, work, layer, samples(), tensors), tensors)
+        progress.advance(sizes[index])
+    return state.kept()
+
+
+def _onward(
+    job: QuantizeJob,
+    index: int,
+    work: LayerCalibration,
+    layer: LoadedLayer,
+    samples: Iterable[Tensor],
+    tensors: dict[str, Tensor],
+) -> Iterator[Tensor]:
+    """The activations after the quantized layer; observed scales are then among its `tensors`."""
+    observer = Observer()
+    layer.watch(observer.on_input, observer.on_cache)
+    for part in samples:
+        yield layer(part)
+    tensors |= observer.input_scales(work.groups)
+    if job.wish.kv_cache:
+        module = job.spec.layers[index].attention.module
+        tensors |= observer.cache_scales(f"{job.spec.names.layers}.{index}.{module}")
+
+
+def _check_observed(job: QuantizeJob) -> None:
+    """Only inputs inside the layers are seen."""
+    for matrix in job.matrices:
+        inside = matrix.module.startswith(f"{job.spec.names.layers}.")
+        if INPUT_SCALE in matrix.outputs and not inside:
+            raise UsageError(
+                f"{matrix.module} with the scheme {matrix.choice.scheme}, whose activations are "
+                "calibrated, which is done only inside decoder layers",
+                hint=f"give {matrix.module} the scheme nvfp4a16, or leave it as it is",
+            )
+
+
+def _identity(job: QuantizeJob, tokens: Tensor) -> dict[str, Any]:
+    """What the result depends on."""
+    digest = xxhash.xxh3_128(tokens.numpy().data)
+    return {
+        "tightfit": __version__,
+        "source": job.virtual.source.state(FILE),
+        "method": job.method,
+        "quantization": job.virtual.config["quantization_config"],
+        "samples": [list(tokens.shape), digest.hexdigest()],
+    }
+
+
+def _layer_bytes(job: QuantizeJob, index: int) -> int:
+    prefix = f"{job.spec.names.layers}.{index}."
+    tensors = job.checkpoint.tensors().values()
+    return sum(info.nbytes for info in tensors if info.name.startswith(prefix))
