@@ -1,6 +1,7 @@
-"""Kill `shard` or `merge` with -9 at random moments, go on with --resume, and compare the bytes.
+"""Kill `shard`, `merge` or `quantize` with -9 at random moments, resume, and compare the bytes.
 
-usage: kill_and_resume.py [--kills 50] [--gigabytes 1.3] [--command shard|merge] [DIRECTORY]
+usage: kill_and_resume.py [--kills 50] [--gigabytes 1.3] [--command shard|merge|quantize]
+                          [--scheme fp8-channel] [DIRECTORY]
 
 Each round starts the command anew and kills it once at a moment drawn from the length of an
 undisturbed run; every third round is killed again while it goes on. What is there after a kill must
@@ -27,6 +28,7 @@ from tightfit.model.families import model_spec
 from tightfit.model.sources import source_shapes
 
 _LAYER_GB = 0.0865
+_FINITE = bytes((byte & 0xBF) for byte in range(256))
 
 
 def write_model(directory: Path, gigabytes: float) -> Path:
@@ -49,7 +51,10 @@ def write_model(directory: Path, gigabytes: float) -> Path:
     with open(directory / "model.safetensors", "wb") as file:
         file.write(header)
         for shape in shapes.values():
-            file.write(os.urandom(2 * prod(shape)))
+            # No exponent of these is that of NaN and infinity.
+            noise = bytearray(os.urandom(2 * prod(shape)))
+            noise[1::2] = bytes(noise[1::2]).translate(_FINITE)
+            file.write(noise)
     return directory
 
 
@@ -108,7 +113,8 @@ def main() -> None:
     parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--gigabytes", type=float, default=1.3)
-    parser.add_argument("--command", choices=("shard", "merge"), default="shard")
+    parser.add_argument("--command", choices=("shard", "merge", "quantize"), default="shard")
+    parser.add_argument("--scheme", default="fp8-channel", help="of quantize")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="kills-", dir=arguments.directory))
@@ -124,12 +130,12 @@ def run(root: Path, arguments: argparse.Namespace) -> None:
     if arguments.command == "merge":
         finish(["shard", str(source), str(root / "shards"), "-tp", "2", "-q"])
         source = root / "shards"
-    options = ["-tp", "2"] if arguments.command == "shard" else []
-    options += ["--max-shard-size", "300MB", "-q"]
+    options = {"shard": ["-tp", "2"], "merge": [], "quantize": ["--scheme", arguments.scheme]}
+    common = [*options[arguments.command], "--max-shard-size", "300MB", "-q"]
     whole, out = root / "whole", root / "out"
-    seconds = finish([arguments.command, str(source), str(whole), *options])
+    seconds = finish([arguments.command, str(source), str(whole), *common])
     expected = digests(whole)
-    command = [arguments.command, str(source), str(out), *options]
+    command = [arguments.command, str(source), str(out), *common]
     states: Counter[str] = Counter()
     killed = resumed = 0.0
     deadline = time.monotonic()
@@ -143,7 +149,7 @@ def run(root: Path, arguments: argparse.Namespace) -> None:
                 "tightfit-manifest.json" if arguments.command == "shard" else "config.json"
             )
             if looks.exists() and {*digests(out)} >= {*expected} and digests(out) != expected:
-                # A merge whose journal is still there is whole already.
+                # A plain checkpoint whose journal is still there is whole already.
                 found = {n: d for n, d in digests(out).items() if not n.endswith(".journal")}
                 assert found == expected, "looks whole, and is not"
         if number % 3 == 2:

@@ -8,6 +8,7 @@ forgotten is made again, to the same bytes.
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from ctypes import CDLL
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +27,11 @@ from tightfit.units import MiB, dtype_bytes
 FILE = "model.safetensors"
 _KEPT_BYTES = 256 * MiB
 """Of tensors that nobody has begun to read: scales that lie far away from their matrix."""
+_TIDIED_BYTES = 64 * MiB
+_HIDDEN = frozenset(
+    ("_lock", "_locks", "_cache", "_left", "_done", "_waiting", "_waiting_bytes", "_made_bytes")
+)
+"""Of a source that goes to another process."""
 
 U = TypeVar("U")
 _Key = tuple[int, str]
@@ -166,6 +172,7 @@ class ComputedSource(ABC, Generic[U]):
             if data is None:
                 made = self._bytes_of(self._made[entry.made])
                 data = made[entry.kind]
+                self._tidy(sum(map(len, made.values())))
                 with self._lock:
                     for kind, one in made.items():
                         self._keep((entry.made, kind), one, asked=kind == entry.kind)
@@ -173,6 +180,17 @@ class ComputedSource(ABC, Generic[U]):
             with self._lock:
                 self._has_read(key, last - first)
         return found
+
+    def _tidy(self, nbytes: int) -> None:
+        """Give back what the allocator keeps for each thread, in pieces that fit nothing else."""
+        with self._lock:
+            self._made_bytes += nbytes
+            if self._made_bytes < _TIDIED_BYTES:
+                return
+            self._made_bytes = 0
+        trim = getattr(CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
     def _keep(self, key: _Key, data: memoryview, *, asked: bool) -> None:
         """Until it has been read; what was made again is kept if somebody will ask for it."""
@@ -228,13 +246,12 @@ class ComputedSource(ABC, Generic[U]):
         self._cache: dict[_Key, memoryview] = {}
         self._left: dict[_Key, int] = {}
         self._waiting: dict[_Key, None] = {}
-        self._waiting_bytes = 0
+        self._waiting_bytes = self._made_bytes = 0
         self._done: set[_Key] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without locks, and what has been made."""
-        hidden = ("_lock", "_locks", "_cache", "_left", "_waiting", "_waiting_bytes", "_done")
-        state = {name: value for name, value in vars(self).items() if name not in hidden}
+        state = {name: value for name, value in vars(self).items() if name not in _HIDDEN}
         return {**state, "_elsewhere": [(s, file, s.size(file)) for s, file in self._origins()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

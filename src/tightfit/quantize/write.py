@@ -46,10 +46,11 @@ class WriteJob(PlainJob):
     def identity(self) -> Mapping[str, Any]:
         """What is made of the weights as well."""
         section = self.checkpoint.config["quantization_config"]
+        # What users know comes first, as messages tell of the first difference.
         return {
-            **super(WriteJob, self).identity,
-            "method": self.method,
             "recipe": json.loads(json.dumps(self.recipe)),
+            "method": self.method,
+            **super(WriteJob, self).identity,
             "quantization_config": json.loads(json.dumps(section)),
             "calibration": dict(self.calibration),
         }
