@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,15 +12,19 @@ from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
 from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, note, print_json, progress, warn
+from tightfit.cli.shard_quantized import METHODS, asked_from, computing, quantized
 from tightfit.cli.shards import served, served_with
 from tightfit.errors import UsageError
 from tightfit.executors import EXECUTORS, open_executor
+from tightfit.model.quantization.written import FORMATS, SCHEMES
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
 from tightfit.sharding.proof.vllm_load import show_versions
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
 from tightfit.units import MiB, format_bytes, parse_bytes
+
+_QUANTIZATION = "Quantization"
 
 
 @guarded
@@ -49,6 +54,60 @@ def shard(
             metavar="0-3,7",
             help="Write only these; OUT is whole once all have come.",
             show_default=False,
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME",
+            rich_help_panel=_QUANTIZATION,
+            help="Quantize on the way: " + ", ".join(SCHEMES) + ".",
+            show_default=False,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_QUANTIZATION,
+            help="Inputs that share a scale; -1 for whole rows.",
+            show_default="128",
+        ),
+    ] = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="|".join(FORMATS),
+            rich_help_panel=_QUANTIZATION,
+            help="As which engines load it.",
+            show_default=FORMATS[0],
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_QUANTIZATION,
+            help="As of `quantize`, in place of one scheme.",
+            show_default=False,
+        ),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX",
+            rich_help_panel=_QUANTIZATION,
+            help="Leave matching modules as they are; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(METHODS),
+            rich_help_panel=_QUANTIZATION,
+            help="How values are chosen.",
+            show_default="rtn",
         ),
     ] = None,
     resume: Annotated[
@@ -94,17 +153,28 @@ def shard(
     if size < MiB:
         raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
     chosen = stored_layout(layout)
+    asked = asked_from(
+        quantize,
+        recipe,
+        group_size=group_size,
+        file_format=file_format,
+        ignore=ignore or (),
+        method=method,
+    )
     # What is written elsewhere, or in part, needs no copy of the whole model here.
     download = not (dry_run or is_remote(out) or ranks)
     checkpoint = open_checkpoint(model, revision=revision, download=download)
+    made = None if asked is None else quantized(checkpoint, asked)
     job = prepare(
-        checkpoint,
+        checkpoint if made is None else made.checkpoint,
         chosen,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=stages,
         expert_parallel=bool(enable_expert_parallel),
         max_shard_bytes=size,
         ranks=None if ranks is None else parse_ranks(ranks),
+        bundles={} if made is None else made.bundles,
+        quantized={} if made is None else made.document,
     )
     for text in (*job.notes, *_dropped(job)):
         warn(text)
@@ -113,6 +183,7 @@ def shard(
         with (
             open_executor(executor, "shard", ray_address=ray_address, notice=warn) as spread,
             progress(quiet=quiet) as bars,
+            computing(made),
         ):
             if is_remote(out):
                 from tightfit.sharding.remote.upload import shard_to
@@ -130,7 +201,7 @@ def shard(
     if as_json:
         print_json(_document(job, out, dry_run, missing))
     elif dry_run or not quiet:
-        _show(job, out, dry_run, missing)
+        _show(job, out, dry_run, missing, "" if asked is None else asked.wish.label)
 
 
 def _dropped(job: ShardJob) -> Iterator[str]:
@@ -156,6 +227,7 @@ def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) 
         "model": job.checkpoint.name,
         "output": out,
         "written": not dry_run,
+        **({"quantized": dict(job.quantized)} if job.quantized else {}),
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
         "pipeline_parallel_size": job.parallel.pipeline_parallel_size,
@@ -175,7 +247,7 @@ def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) 
     }
 
 
-def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> None:
+def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...], scheme: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -192,6 +264,7 @@ def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> N
     summary = (
         f"{verb} {files}, {format_bytes(job.output_bytes)}, for {ranks} "
         f"{f'of {size} ' if ranks < size else ''}rank{'s' if size > 1 else ''} to {out}"
+        + (f", quantized: {scheme}" if scheme else "")
     )
     page.print(table)
     page.print(Text(summary), soft_wrap=True)

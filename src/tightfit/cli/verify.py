@@ -100,6 +100,10 @@ def verify(
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
     config = open_checkpoint(directory).config
     source = None if against is None else _open_source(against, directory, config)
+    if source is not None and manifest.quantized and "quantization_config" not in source.config:
+        from tightfit.cli.shard_quantized import again
+
+        source = again(source, manifest.quantized, f"the manifest of {directory}")
     with progress(quiet=quiet) as bars:
         report = check(place, config, bars, source)
     loaded: Loaded | None = None

@@ -12,7 +12,7 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from typing import Any, Generic, TypeVar
 
 import xxhash
@@ -26,10 +26,13 @@ from tightfit.units import MiB, dtype_bytes
 
 FILE = "model.safetensors"
 _KEPT_BYTES = 256 * MiB
-"""Of tensors that nobody has begun to read: scales that lie far away from their matrix."""
+"""Of tensors that nobody is reading: scales that lie far away from their matrix."""
 _TIDIED_BYTES = 64 * MiB
 _HIDDEN = frozenset(
-    ("_lock", "_locks", "_cache", "_left", "_done", "_waiting", "_waiting_bytes", "_made_bytes")
+    (
+        *("_lock", "_locks", "_cache", "_left", "_done", "_waiting", "_waiting_bytes"),
+        *("_made_bytes", "_reading", "_reader"),
+    )
 )
 """Of a source that goes to another process."""
 
@@ -68,6 +71,8 @@ class _Entry:
 
 class ComputedSource(ABC, Generic[U]):
     """A source with one file, `FILE`, beside the side files of another source."""
+
+    _made_bytes: int
 
     def __init__(self, base: Source, kept: Iterable[Kept], made: Sequence[Made[U]]) -> None:
         self.base = base
@@ -166,6 +171,8 @@ class ComputedSource(ABC, Generic[U]):
             at = kept.info.offset
             return kept.source.read(kept.info.file, at + first, at + last)
         key = entry.made, entry.kind
+        with self._lock:
+            self._turn_to(key)
         with self._locks[entry.made]:
             with self._lock:
                 data = self._cache.get(key)
@@ -197,10 +204,24 @@ class ComputedSource(ABC, Generic[U]):
         if key in self._cache or (not asked and key in self._done):
             return
         self._cache[key], self._left[key] = data, len(data)
-        if asked:
+        if not asked:
+            self._wait(key)
+
+    def _turn_to(self, key: _Key) -> None:
+        """Readers of some ranks leave the rest of a tensor, and turn to the next."""
+        thread = get_ident()
+        before = self._reading.get(thread)
+        self._reading[thread], self._reader[key] = key, thread
+        if before is None or before == key or self._reader.get(before) != thread:
             return
+        del self._reader[before]
+        if before in self._cache and before not in self._waiting:
+            self._wait(before)
+
+    def _wait(self, key: _Key) -> None:
+        """For somebody to read it, unless there is too much of that."""
         self._waiting[key] = None
-        self._waiting_bytes += len(data)
+        self._waiting_bytes += len(self._cache[key])
         while self._waiting_bytes > _KEPT_BYTES:
             oldest = next(iter(self._waiting))
             self._begin(oldest)
@@ -246,6 +267,8 @@ class ComputedSource(ABC, Generic[U]):
         self._cache: dict[_Key, memoryview] = {}
         self._left: dict[_Key, int] = {}
         self._waiting: dict[_Key, None] = {}
+        self._reading: dict[int, _Key] = {}
+        self._reader: dict[_Key, int] = {}
         self._waiting_bytes = self._made_bytes = 0
         self._done: set[_Key] = set()
 

@@ -132,7 +132,7 @@ def write(
         UsageError: an executor cannot write to a URL.
     """
     out = str(out)
-    with _one_thread_each():
+    with one_thread_each():
         if is_remote(out):
             from tightfit.sharding.remote.plain import write_to
 
@@ -211,7 +211,7 @@ def _require_same(job: WriteJob, place: Source, progress: Progress, *, but: str 
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """Matrices are encoded several at a time, each by one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

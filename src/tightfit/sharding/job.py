@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from tightfit import __version__
@@ -79,11 +80,14 @@ class ShardJob(Job):
     layout: StoredLayout
     source_name: str
     left_out: Mapping[str, str | None]
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """How the source is quantized on the way, if it is."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The layout as well."""
+        """The layout as well, and what is made of the weights."""
         return {
+            **({"quantized": dict(self.quantized)} if self.quantized else {}),
             "layout": self.layout.name,
             "tensor_parallel_size": self.parallel.tensor_parallel_size,
             "pipeline_parallel_size": self.parallel.pipeline_parallel_size,
@@ -107,10 +111,14 @@ def prepare(
     expert_parallel: bool = False,
     max_shard_bytes: int,
     ranks: Collection[int] | None = None,
+    bundles: Mapping[str, str] = MappingProxyType({}),
+    quantized: Mapping[str, Any] = MappingProxyType({}),
 ) -> ShardJob:
     """Decide what goes where; `ranks` are those to write, or all.
 
-    With `expert_parallel` ranks have whole experts, as vLLM deals them out: linearly.
+    With `expert_parallel` ranks have whole experts, as vLLM deals them out: linearly. Of a
+    checkpoint that is computed while it is read, `bundles` are the tensors that are computed
+    together, and `quantized` says how.
 
     Raises:
         CheckpointError: the source lacks weights, or they are not what config.json says.
@@ -194,6 +202,8 @@ def prepare(
         copies=copies,
         gathers=gathers,
         cut_again=cut_again,
+        bundles=bundles,
+        quantized=quantized if manifest is None else manifest.quantized,
         source_name=checkpoint.name if manifest is None else manifest.source_name,
         source_fingerprint=(
             source_fingerprint(sources) if manifest is None else manifest.source_fingerprint

@@ -96,6 +96,8 @@ class Manifest:
     files: tuple[StoredFile, ...]
     left_out: Mapping[str, str | None] = field(default_factory=dict)
     """Tensors of the source that no file holds, and of which other tensor they are a copy."""
+    quantized: Mapping[str, Any] = field(default_factory=dict)
+    """The method and the recipe by which the source was quantized on the way, if it was."""
 
     def rank_files(self, rank: int) -> tuple[StoredFile, ...]:
         """The parts of one rank, which an engine loads."""
@@ -139,6 +141,7 @@ class Manifest:
                 "name": self.source_name,
                 "fingerprint": self.source_fingerprint,
                 "left_out": dict(self.left_out),
+                **({"quantized": dict(self.quantized)} if self.quantized else {}),
             },
             "files": [file.to_json() for file in self.files],
         }
@@ -152,6 +155,7 @@ def make_manifest(
     source_name: str,
     source_fingerprint: str,
     left_out: Mapping[str, str | None],
+    quantized: Mapping[str, Any],
     parts: Sequence[Part],
     checksums: Mapping[tuple[str, str], str],
 ) -> Manifest:
@@ -167,6 +171,7 @@ def make_manifest(
         source_fingerprint=source_fingerprint,
         files=tuple(stored_file(part, checksums) for part in parts),
         left_out=left_out,
+        quantized=quantized,
     )
 
 
@@ -293,6 +298,7 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
             _text(name): None if twin is None else _text(twin)
             for name, twin in document["source"].get("left_out", {}).items()
         },
+        quantized=dict(document["source"].get("quantized", {}).items()),
     )
 
 

@@ -123,6 +123,7 @@ def manifest_for(job: ShardJob, checksums: Checksums) -> Manifest:
         source_name=job.source_name,
         source_fingerprint=job.source_fingerprint,
         left_out=job.left_out,
+        quantized=job.quantized,
         parts=job.parts,
         checksums=checksums,
     )
