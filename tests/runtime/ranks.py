@@ -1,7 +1,7 @@
 """What the tests of the runtime share, and a program that runs models on several ranks.
 
 `python ranks.py OUT MODEL...` as a rank writes OUT/<model>.json with the tokens of every prompt,
-and OUT/<model>.safetensors with the logits of the longest prompt.
+and OUT/<model>.safetensors with the logits of the longest prompt, which is all after `--logits`.
 """
 
 import json
@@ -44,16 +44,25 @@ def options(**changes: Any) -> EngineOptions:
 def open_session(model: Path, world: World | None = None, **changes: Any) -> Session:
     checkpoint = open_checkpoint(str(model))
     spec = model_spec(checkpoint.config)
-    return start(checkpoint, spec, options(**changes), world=world or World())
+    world = world or World()
+    files = rank_files(model, world)
+    return start(checkpoint, spec, options(**changes), world=world, rank_files=files)
+
+
+def rank_files(model: Path, world: World) -> list[Path] | None:
+    """Those of `tightfit shard`, if the directory has such."""
+    return sorted(model.glob(f"model-rank-{world.rank}-part-*.safetensors")) or None
 
 
 def run(model: Path, world: World | None = None, **changes: Any) -> RunReport | None:
     checkpoint = open_checkpoint(str(model))
+    world = world or World()
     return run_rank(
         checkpoint,
         model_spec(checkpoint.config),
         options(**changes),
-        world=world or World(),
+        world=world,
+        rank_files=rank_files(model, world),
         prompts=PROMPTS,
         sampling=SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True),
     )
@@ -81,13 +90,17 @@ def all_logits(session: Session, token_ids: Sequence[int]) -> torch.Tensor | Non
 
 
 def main() -> None:
-    out, *models = map(Path, sys.argv[1:])
+    only_logits = sys.argv[1] == "--logits"
+    out, *models = map(Path, sys.argv[1 + only_logits :])
     world = World.from_environment()
     for model in models:
         logits = all_logits(open_session(model, world), PROMPTS[0])
-        tokens = greedy(model, world, max_num_batched_tokens=7)
         if logits is not None:
             save_file({"logits": logits}, out / f"{model.name}.safetensors")
+        if only_logits:
+            continue
+        tokens = greedy(model, world, max_num_batched_tokens=7)
+        if world.rank == 0:
             (out / f"{model.name}.json").write_text(json.dumps(tokens))
     world.close()
 

@@ -305,10 +305,10 @@ def test_whole_experts_of_modelopt(
     write_shards(source, tmp_path / "one", 1, expert_parallel=True)
 
 
-def test_no_quantized_layers_of_our_own(quantized_model: QuantizedModel, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError) as e:
-        write_shards(quantized_model("INT8", "dense"), tmp_path / "out", 1, layout="builtin")
-    assert e.value.message == "the layout builtin has no quantized layers"
+def test_for_our_own_runtime(quantized_model: QuantizedModel, tmp_path: Path) -> None:
+    source = quantized_model("INT8", "dense")
+    write_shards(source, tmp_path / "out", 2, layout="builtin")
+    verified(tmp_path / "out", source)
 
 
 def test_without_a_manifest(quantized_model: QuantizedModel, tmp_path: Path) -> None:

@@ -134,6 +134,14 @@ class Weight:
         shape = (rows,) if self.columns is None else (rows, self._columns(rank)[1])
         return (rank.experts(self.experts)[1], *shape) if self.experts else shape
 
+    def part_rows(self, rank: Rank) -> tuple[int, ...]:
+        """Rows of each part on a rank.
+
+        Raises:
+            LayoutError: the layout does not divide this weight.
+        """
+        return tuple(self._rows(part, rank)[1] for part in self.parts)
+
     def census(self, rank: Rank) -> "Census":
         """Count the elements of `rank_shape` by why the rank holds them.
 

@@ -50,7 +50,7 @@ def stored_matrix(choices: Iterable[Forms], held: Mapping[str, TensorInfo]) -> S
             for form in forms
             if form.stored and not form.optional and not form.kind.startswith(_BESIDE)
         }
-        if needed.keys() <= held.keys() and (found := _codec(needed)) is not None:
+        if needed.keys() <= held.keys() and (found := codec_of(needed)) is not None:
             tensors = {kind: held[kind] for kind in (*needed, "g_idx") if kind in held}
             values = next(held[kind] for kind in VALUES if kind in needed)
             shape = _shape(found, values.shape)
@@ -60,7 +60,8 @@ def stored_matrix(choices: Iterable[Forms], held: Mapping[str, TensorInfo]) -> S
     return None
 
 
-def _codec(forms: Mapping[str, Form]) -> Codec | None:
+def codec_of(forms: Mapping[str, Form]) -> Codec | None:
+    """The codec of forms by kind; None if there is none."""
     if (packed := forms.get("qweight")) is not None:
         return _transposed(packed, forms)
     scale = forms.get("weight_scale") or forms.get("weight_scale_inv")

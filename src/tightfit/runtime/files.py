@@ -31,8 +31,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
     "I64": torch.int64,
+    "F8_E8M0": torch.uint8,
+    "U32": torch.int32,
 }
-"""Safetensors' dtypes as torch's, as far as the runtime computes with them."""
+"""Safetensors' dtypes as torch's, as far as the runtime computes with them: some as their bits."""
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 _PREFETCH_BYTES = 512 * KiB

@@ -9,6 +9,7 @@ that must be cut, fused or converted, or that goes to a GPU, is copied in chunks
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from tightfit.model.layout import Piece, RankTensor
 from tightfit.runtime.files import TORCH_DTYPES, FetchedFile, TensorFile, WeightFile
 from tightfit.runtime.reads import Read, carry_out, copy, keep
 
+NO_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({})
+
 
 def load_rank_files(
     files: Sequence[Path],
@@ -27,6 +30,7 @@ def load_rank_files(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    dtypes: Mapping[str, torch.dtype] = NO_DTYPES,
 ) -> dict[str, Tensor]:
     """Load one rank's files.
 
@@ -35,6 +39,7 @@ def load_rank_files(
         expected: what must be in them, named as in the files (`model.stored.rank_tensors`).
         dtype: what to compute in; tensors of another floating dtype are converted.
         device: where to.
+        dtypes: of parameters that have their own: what stands for quantized matrices.
 
     Raises:
         CheckpointError: a tensor is missing, or has another shape or dtype than expected.
@@ -60,7 +65,11 @@ def load_rank_files(
                 f"rank needs {list(tensor.shape)}",
                 hint="the files are of another model or tensor parallel size; shard again",
             )
-        weights[tensor.parameter] = _take(opened[info.file], info, dtype, device, reads)
+        own = dtypes.get(tensor.parameter)
+        source = _readable(opened[info.file].view(info), info, own)
+        weights[tensor.parameter] = _take(
+            opened[info.file], info, source, own or dtype, device, reads
+        )
     carry_out(reads, device)
     return weights
 
@@ -71,6 +80,7 @@ def load_checkpoint(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    dtypes: Mapping[str, torch.dtype] = NO_DTYPES,
 ) -> dict[str, Tensor]:
     """Load a rank's share of a plain checkpoint.
 
@@ -79,9 +89,10 @@ def load_checkpoint(
         expected: the rank's tensors; the pieces say where their elements are.
         dtype: what to compute in; tensors of another floating dtype are converted.
         device: where to.
+        dtypes: of parameters that have their own: what stands for quantized matrices.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape than the config says.
+        CheckpointError: a tensor is missing, or has another shape or dtype than the config says.
     """
     tensors = checkpoint.tensors()
     _check_sources(checkpoint, tensors, expected)
@@ -101,15 +112,25 @@ def load_checkpoint(
     weights: dict[str, Tensor] = {}
     for tensor in expected:
         assert tensor.parameter is not None
+        own = dtypes.get(tensor.parameter)
+
+        def view(
+            file: WeightFile, info: TensorInfo, piece: Piece, own: torch.dtype | None = own
+        ) -> Tensor:
+            source = _readable(file.view(info), info, own)
+            return source if piece.view is None else source.view(piece.view)
+
         if whole := _whole_source(tensor):
-            weights[tensor.parameter] = _take(*find(whole), dtype, device, reads)
+            file, info = find(whole)
+            source = view(file, info, whole).view(tensor.shape)
+            weights[tensor.parameter] = _take(file, info, source, own or dtype, device, reads)
             continue
-        target = torch.empty(tensor.shape, dtype=dtype, device=device)
+        target = torch.empty(tensor.shape, dtype=own or dtype, device=device)
         if sum(prod(piece.shape) for piece in tensor.pieces) < target.numel():
             target.fill_(tensor.fill)
         for piece in tensor.pieces:
             file, info = find(piece)
-            source = _box(_floating(file.view(info), info), piece.start, piece.shape)
+            source = _box(view(file, info, piece), piece.start, piece.shape)
             depth = len(tensor.shape) - len(piece.shape)
             into = _box(target[piece.at[:depth]], piece.at[depth:], piece.shape)
             reads += copy(file, info, source, into)
@@ -119,16 +140,34 @@ def load_checkpoint(
 
 
 def load_dummy(
-    expected: Sequence[RankTensor], *, dtype: torch.dtype, device: torch.device, seed: int
+    expected: Sequence[RankTensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    dtypes: Mapping[str, torch.dtype] = NO_DTYPES,
 ) -> dict[str, Tensor]:
-    """Small random weights of the right shapes, from no files at all."""
+    """Small random weights of the right shapes, from no files at all; constants for scales."""
     generator = torch.Generator(device=device).manual_seed(seed)
     weights: dict[str, Tensor] = {}
     for tensor in expected:
-        assert tensor.parameter is not None
-        weight = torch.empty(tensor.shape, dtype=dtype, device=device)
-        weights[tensor.parameter] = weight.uniform_(-1e-3, 1e-3, generator=generator)
+        name = tensor.parameter
+        assert name is not None
+        weight = torch.empty(tensor.shape, dtype=dtypes.get(name, dtype), device=device)
+        if name not in dtypes:
+            weight.uniform_(-1e-3, 1e-3, generator=generator)
+        elif not weight.is_floating_point():
+            weight.fill_(_DUMMY_CODE)
+        else:
+            # What others are divided by must be large.
+            weight.fill_(1 / _DUMMY_SCALE if "global_scale" in name else _DUMMY_SCALE)
+        weights[name] = weight
     return weights
+
+
+_DUMMY_CODE = 117
+"""A small power of two as an exponent, and no extreme as codes."""
+_DUMMY_SCALE = 2.0**-9
 
 
 def _whole_source(tensor: RankTensor) -> Piece | None:
@@ -136,33 +175,44 @@ def _whole_source(tensor: RankTensor) -> Piece | None:
     if len(tensor.pieces) != 1:
         return None
     piece = tensor.pieces[0]
-    return piece if piece.shape == piece.source_shape == tensor.shape else None
+    seen = piece.source_shape if piece.view is None else piece.view
+    return piece if piece.shape == seen == tensor.shape else None
 
 
 def _take(
     file: WeightFile,
     info: TensorInfo,
+    source: Tensor,
     dtype: torch.dtype,
     device: torch.device,
     reads: list[Read],
 ) -> Tensor:
     """A whole tensor: where it lies if it can stay there, otherwise a copy; `reads` fills it."""
-    source = _floating(file.view(info), info)
     aligned = info.offset % source.element_size() == 0
     if source.dtype == dtype and device.type == "cpu" and aligned:
         reads += keep(file, info)
         return source
-    target = torch.empty(info.shape, dtype=dtype, device=device)
+    target = torch.empty(source.shape, dtype=dtype, device=device)
     reads += copy(file, info, source, target)
     return target
 
 
-def _floating(tensor: Tensor, info: TensorInfo) -> Tensor:
-    if tensor.dtype in (TORCH_DTYPES["F32"], TORCH_DTYPES["F16"], TORCH_DTYPES["BF16"]):
+_FLOATS = tuple(TORCH_DTYPES[name] for name in ("F32", "F16", "BF16"))
+
+
+def _readable(tensor: Tensor, info: TensorInfo, own: torch.dtype | None) -> Tensor:
+    """Refuse what cannot be converted to a dtype, by default to that of computation."""
+    if tensor.dtype in _FLOATS if own is None or own in _FLOATS else tensor.dtype == own:
         return tensor
+    if own is not None and tensor.dtype == torch.int64:
+        # Sizes, which engines hold in whatever dtype.
+        return tensor
+    wanted = "F32, F16 or BF16"
+    if own is not None and own not in _FLOATS:
+        wanted = next(name for name, dtype in TORCH_DTYPES.items() if dtype == own)
     raise CheckpointError(
-        f"tensor {info.name!r} in {info.file} has dtype {info.dtype}, not F32, F16 or BF16",
-        hint="the built-in runtime has no quantized layers; serve this checkpoint with vLLM",
+        f"tensor {info.name!r} in {info.file} has dtype {info.dtype}, not {wanted}",
+        hint="its config.json says otherwise: config.json and weights are of different models",
     )
 
 

@@ -6,20 +6,22 @@ component of the plan is measured by itself, and what is generated afterwards pr
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
+from typing import TypedDict
 
+import torch
 from torch import Tensor
 
 from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.errors import ExitCode, TightfitError, UnsupportedModelError
+from tightfit.errors import ExitCode, TightfitError
 from tightfit.model.blocks.attention import Attention, Rope
 from tightfit.model.blocks.mlp import DenseMLP
 from tightfit.model.layout import Parallel, Rank
-from tightfit.model.parameters import check_parallel, parameters
+from tightfit.model.parameters import check_parallel, parameters, plain_parameters
 from tightfit.model.spec import Layer, ModelSpec
 from tightfit.model.stored import rank_tensors, stored_layout
 from tightfit.runtime.dist import World
@@ -29,8 +31,17 @@ from tightfit.runtime.layers import Weights
 from tightfit.runtime.loader import load_checkpoint, load_dummy, load_rank_files
 from tightfit.runtime.memory import CpuLedger, MemoryLedger
 from tightfit.runtime.options import EngineOptions, SamplingParams
+from tightfit.runtime.parameters import rank_parameters, require_executable
+from tightfit.runtime.quantized import rank_weights
 from tightfit.runtime.text import Message, Text
 from tightfit.runtime.worker import Worker
+
+
+class _Place(TypedDict):
+    dtype: torch.dtype
+    device: torch.device
+    dtypes: Mapping[str, torch.dtype]
+
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """Plain text, a conversation, or token ids."""
@@ -148,43 +159,39 @@ def start(
         uneven=rank_files is None or stored_layout(layout).uneven,
     )
     check_parallel(spec, parallel)
-    if not spec.is_plain:
-        raise UnsupportedModelError(
-            f"the built-in runtime cannot execute {spec.architecture}",
-            hint="plan with --engine vllm, and serve this model with vLLM",
-        )
-    if spec.quantization is not None:
-        raise UnsupportedModelError(
-            "the built-in runtime has no quantized layers",
-            hint="plan with --engine vllm, and serve this checkpoint with vLLM",
-        )
+    require_executable(spec)
     rank = parallel.ranks()[world.rank]
     ledger = CpuLedger()
     dtype = TORCH_DTYPES[options.dtype]
     started = perf_counter()
 
+    needed = rank_parameters(spec, plain_parameters(spec), rank, options.dtype)
+
     def load() -> dict[str, Tensor]:
+        place: _Place = {"dtype": dtype, "device": world.device, "dtypes": needed.dtypes}
         if rank_files is not None:
-            expected = rank_tensors(spec, rank, stored_layout(layout))
-            return load_rank_files(rank_files, expected, dtype=dtype, device=world.device)
-        tensors = tuple(weight.rank_tensor(rank, spec.dtype) for weight in parameters(spec))
+            names = {tensor.parameter for tensor in needed.tensors}
+            stored = rank_tensors(spec, rank, stored_layout(layout))
+            expected = [tensor for tensor in stored if tensor.parameter in names]
+            return load_rank_files(rank_files, expected, **place)
         if load_format == "dummy":
-            return load_dummy(tensors, dtype=dtype, device=world.device, seed=options.seed)
-        return load_checkpoint(checkpoint, tensors, dtype=dtype, device=world.device)
+            return load_dummy(needed.tensors, seed=options.seed, **place)
+        return load_checkpoint(checkpoint, needed.settled(checkpoint.tensors()), **place)
 
     with ledger.phase("process_baseline"), together(world):
         _exercise_libraries(options, world)
         text = Text(checkpoint) if needs_text and world.rank == 0 else None
     with ledger.phase("weights"), together(world):
-        weights = load()
-    worker = Worker(spec, rank, options, Weights(tensors=weights), world=world, ledger=ledger)
+        tensors = load()
+        weights = rank_weights(needed, tensors)
+    worker = Worker(spec, rank, options, weights, world=world, ledger=ledger)
     worker.warm_up()
     return Session(
         engine=Engine(worker),
         text=text,
         world=world,
         ledger=ledger,
-        weights_tensor_bytes=sum(tensor.nbytes for tensor in weights.values()),
+        weights_tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         load_seconds=perf_counter() - started,
     )
 

@@ -12,7 +12,7 @@ from tightfit.model.config import Config
 from tightfit.model.quantization import schemes
 from tightfit.model.quantization.forms import Form, Forms
 from tightfit.model.quantization.matching import compressed_tensors
-from tightfit.model.quantization.recipe import Recipe, Rule
+from tightfit.model.quantization.recipe import Inputs, Recipe, Rule
 
 _INTEGERS = ("int-quantized", "naive-quantized")
 _FORMATS = (
@@ -98,7 +98,12 @@ def read(section: Config, head: str) -> Recipe | None:
         _refuse_embeddings(targets)
         names.append(_label(arguments, group))
         rules.append(
-            Rule(forms=forms, names=compressed_tensors(targets), everything="Linear" in targets)
+            Rule(
+                forms=forms,
+                names=compressed_tensors(targets),
+                everything="Linear" in targets,
+                inputs=_inputs(group),
+            )
         )
     if not rules:
         return None
@@ -209,6 +214,19 @@ def _unknown(weights: _Arguments, form: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"weights of {weights.bits} bits ({form}, strategy {weights.strategy}, group_size "
         f"{weights.group_size}, symmetric {weights.symmetric}) are not modelled"
+    )
+
+
+def _inputs(group: Config) -> Inputs | None:
+    section = group.section("input_activations")
+    if section is None:
+        return None
+    given = _Arguments.read(section)
+    floats = "F4_E2M1" if given.bits == 4 else schemes.FP8
+    return Inputs(
+        dtype=floats if given.floating else "I8",
+        group_size=given.group_size or 0,
+        exponents=given.scale_dtype.removeprefix("torch.") == "uint8",
     )
 
 

@@ -6,7 +6,7 @@ from tightfit.model.quantization import schemes
 from tightfit.model.quantization.forms import Form
 from tightfit.model.quantization.matching import modules
 from tightfit.model.quantization.modelopt import PLACEHOLDERS
-from tightfit.model.quantization.recipe import Recipe, Rule
+from tightfit.model.quantization.recipe import Inputs, Recipe, Rule
 
 
 def fp8(section: Config) -> Recipe:
@@ -37,10 +37,11 @@ def fp8(section: Config) -> Recipe:
     else:
         forms = schemes.per_tensor(schemes.FP8, static=activations == "static")
         name = f"fp8 (tensor, {activations})"
+    inputs = Inputs(dtype=schemes.FP8, group_size=blocks[1] if blocks else 0)
     ignored = section.strings("ignored_layers") or section.strings("modules_to_not_convert")
     return Recipe(
         name=name,
-        rules=(Rule(forms=forms, everything=True),),
+        rules=(Rule(forms=forms, everything=True, inputs=inputs),),
         ignored=modules(ignored),
         placeholders=PLACEHOLDERS,
         # vLLM dequantizes the keys of the lightning indexer.
@@ -71,7 +72,7 @@ def fbgemm(section: Config) -> Recipe:
     forms = (*schemes.per_channel(schemes.FP8, static=False, scale_dtype="F32"), bound)
     return Recipe(
         name="fbgemm_fp8",
-        rules=(Rule(forms=forms, everything=True),),
+        rules=(Rule(forms=forms, everything=True, inputs=Inputs(dtype=schemes.FP8)),),
         # vLLM has no such method for experts.
         ignored=modules((*section.strings("modules_to_not_convert"), "experts")),
         optional_sources=(r"\.input_scale_ub$",),

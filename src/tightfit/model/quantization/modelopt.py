@@ -10,7 +10,7 @@ from tightfit.model.config import Config
 from tightfit.model.quantization import schemes
 from tightfit.model.quantization.forms import Form, Forms
 from tightfit.model.quantization.matching import Names, modules
-from tightfit.model.quantization.recipe import Recipe, Rule
+from tightfit.model.quantization.recipe import Inputs, Recipe, Rule
 
 PLACEHOLDERS = tuple(
     Form(kind=kind, dtype=None, scalar=True, fill=-1.0)
@@ -18,6 +18,13 @@ PLACEHOLDERS = tuple(
 )
 _OPTIONAL = (r"\.[kvq]_proj\.[kvq]_scale$|\.[kvq]_scale$|_quantizer\.", r"\.input_scale$")
 _TOWERS = r".*(vision_tower|vision_model|vit_large_projector)"
+_INPUTS = {
+    "FP8": Inputs(dtype=schemes.FP8),
+    "FP8_PER_CHANNEL_PER_TOKEN": Inputs(dtype=schemes.FP8),
+    "FP8_BLOCK_SCALES": Inputs(dtype=schemes.FP8, group_size=128),
+    "NVFP4": Inputs(dtype="F4_E2M1", group_size=16),
+    "MXFP8": Inputs(dtype=schemes.FP8, group_size=32, exponents=True),
+}
 _CACHE = {"FP8": "fp8_e4m3", "NVFP4": "nvfp4"}
 
 
@@ -36,7 +43,8 @@ def read(section: Config, head: str, *, default: str = "none") -> Recipe:
         rules = _mixed(inner)
     else:
         size = inner.integer("group_size", default=16)
-        rules = (Rule(forms=algorithm_forms(algorithm, size), everything=True),)
+        forms = algorithm_forms(algorithm, size)
+        rules = (Rule(forms=forms, everything=True, inputs=_INPUTS.get(algorithm)),)
     towers = Rule(forms=None, names=Names(patterns=(_TOWERS,)))
     return Recipe(
         name=f"modelopt ({algorithm})",
@@ -106,6 +114,10 @@ def _mixed(section: Config) -> tuple[Rule, ...]:
             )
         found.setdefault(algorithm.upper(), []).append(name)
     return tuple(
-        Rule(forms=algorithm_forms(algorithm), names=modules(names))
+        Rule(
+            forms=algorithm_forms(algorithm),
+            names=modules(names),
+            inputs=_INPUTS.get(algorithm),
+        )
         for algorithm, names in found.items()
     )

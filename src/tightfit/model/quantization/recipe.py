@@ -11,6 +11,17 @@ from tightfit.model.quantization.forms import Form, Forms, created, stored
 from tightfit.model.quantization.matching import Names
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """How the inputs of a layer are rounded as they come: to `I8`, `F8_E4M3` or `F4_E2M1`."""
+
+    dtype: str
+    group_size: int = 0
+    """Inputs that share a scale; 0 for all of a token."""
+    exponents: bool = False
+    """Scales are powers of two: MXFP8."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Rule:
     """The forms of the modules in `names`, or of all where `everything`; None leaves them alone."""
@@ -18,6 +29,9 @@ class Rule:
     forms: Forms | None
     names: Names = field(default_factory=Names)
     everything: bool = False
+    inputs: Inputs | None = None
+    """Also where scales of inputs are among the forms, which then take the place of computed ones.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,12 +157,22 @@ class Recipe(Quantization):
 
     def module_forms(self, module: str) -> Forms | None:
         """The forms of a module by its name, as in the checkpoint."""
+        rule = self._rule(module)
+        return None if rule is None else rule.forms
+
+    def inputs(self, weight: Weight) -> Inputs | None:
+        """How the inputs of a quantized weight are rounded; None if they are not."""
+        part = self._split(weight).parts[0]
+        rule = self._rule(part.source.removesuffix(".weight").replace("{expert}", "0"))
+        return None if rule is None else rule.inputs
+
+    def _rule(self, module: str) -> Rule | None:
         if module in self.ignored:
             return None
         for rule in self.rules:
             if module in rule.names:
-                return rule.forms
-        return next((rule.forms for rule in self.rules if rule.everything), None)
+                return rule
+        return next((rule for rule in self.rules if rule.everything), None)
 
     def _split(self, weight: Weight) -> Weight:
         return split_experts(weight) if self.splits_experts else weight

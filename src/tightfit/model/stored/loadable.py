@@ -35,11 +35,6 @@ def check_quantization(
     recipe = spec.quantization
     if recipe is None:
         return
-    if layout.uneven:
-        raise UnsupportedModelError(
-            f"the layout {layout.name} has no quantized layers",
-            hint="shard for vLLM: --layout vllm-0.32",
-        )
     if not isinstance(recipe, Recipe):
         raise UnsupportedModelError(
             f"sharding checkpoints in {recipe.name} is not supported",
@@ -50,6 +45,9 @@ def check_quantization(
             f"sharding this {recipe.name} checkpoint is not supported: {recipe.unsharded}",
             hint="vLLM loads the checkpoint as it is",
         )
+    if layout.uneven:
+        # Our own runtime has other limits, and says so when it loads.
+        return
     if expert_parallel and any(_scales_all_experts(weight, recipe) for weight in _experts(spec)):
         raise LayoutError(
             f"with whole experts on each rank, it depends on vLLM's kernel for {recipe.name} "

@@ -58,11 +58,6 @@ class Builtin(Engine):
                 f"the builtin runtime cannot execute {spec.architecture}",
                 hint="serve it with vLLM, and plan it with --engine vllm",
             )
-        if spec.quantization is not None:
-            raise UnsupportedModelError(
-                "the builtin runtime has no quantized layers",
-                hint="serve it with vLLM, and plan it with --engine vllm",
-            )
         if options.kv_cache_dtype != "auto":
             raise UsageError(
                 f"--kv-cache-dtype {options.kv_cache_dtype}: the builtin runtime stores keys and "

@@ -34,6 +34,10 @@ NORM_ROWS = 256
 """Rows that a norm converts to float32 at once."""
 EXPERT_ROWS = 512
 """Tokens that an expert takes at once."""
+DECODED_ELEMENTS = 2**20
+"""Elements of a quantized matrix that are decoded at once, unless one row alone has more."""
+ROUNDED_TOKENS = 128
+"""Tokens whose inputs are rounded, or multiplied as integers, at once."""
 SAMPLER_ELEMENTS = 2**22
 """Logits that top-k and top-p sort at once, unless one row alone has more."""
 

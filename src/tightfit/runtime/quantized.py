@@ -1,0 +1,181 @@
+"""Linear layers whose weights stay as small in memory as in the checkpoint.
+
+Two kinds: int8 weights and inputs are multiplied as integers; all others are decoded when they are
+used, some rows at a time, so that little of a matrix is ever there in floats. Either way inputs are
+rounded as the scheme says.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tightfit.errors import UnsupportedModelError
+from tightfit.model.quantization.forms import Form
+from tightfit.planner.engines.builtin_memory import DECODED_ELEMENTS, ROUNDED_TOKENS
+from tightfit.quantize.codecs import Codec, Scales, Stored
+from tightfit.quantize.codecs.integers import Gptq
+from tightfit.quantize.codecs.packing import unpack_words
+from tightfit.quantize.decoders import codec_of
+from tightfit.runtime.inputs import RoundedInputs, int8_tokens
+from tightfit.runtime.layers import Matrix, Weights
+from tightfit.runtime.parameters import QuantizedWeight, RankParameters
+from tightfit.units import cdiv
+
+
+def rank_weights(parameters: RankParameters, tensors: Mapping[str, Tensor]) -> Weights:
+    """The weights of a rank; `tensors` are by the names of parameters.
+
+    Raises:
+        UnsupportedModelError: a scheme that is not executed.
+    """
+    matrices: dict[str, Sequence[Matrix]] = {}
+    for weight in parameters.quantized:
+        mine = {kind: tensors[name] for kind, name in weight.tensors.items()}
+        each = [mine]
+        if weight.experts:
+            count = len(next(iter(mine.values())))
+            each = [{kind: t[i] for kind, t in mine.items()} for i in range(count)]
+        matrices[weight.name] = [_matrix(weight, held) for held in each]
+    return Weights(tensors=tensors, matrices=matrices)
+
+
+class DecodedMatrix:
+    """Decodes some rows, multiplies with them, and forgets them."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        pieces: "Sequence[Piece]",
+        rounded: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.codec = codec
+        self.pieces = pieces
+        self.rounded = rounded
+        self.rows = sum(piece.count for piece in pieces)
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs]."""
+        if self.rounded is not None:
+            x = self.rounded(x)
+        out = torch.empty(len(x), self.rows, dtype=x.dtype, device=x.device)
+        for piece in self.pieces:
+            weight = self.codec.decode(piece.stored).to(x.dtype)
+            out[:, piece.first : piece.first + piece.count] = F.linear(x, weight)
+        return out if bias is None else out.add_(bias)
+
+
+class Int8Matrix:
+    """int8 weights [outputs, inputs] with a float32 scale for each output, and int8 inputs."""
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        self.weight = weight
+        self.scale = scale
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs], a few tokens at a time."""
+        out = torch.empty(len(x), len(self.weight), dtype=x.dtype, device=x.device)
+        for first in range(0, len(x), ROUNDED_TOKENS):
+            values, scales = int8_tokens(x[first : first + ROUNDED_TOKENS])
+            product = torch._int_mm(values, self.weight.T).float()
+            out[first : first + ROUNDED_TOKENS] = product.mul_(scales).mul_(self.scale)
+        return out if bias is None else out.add_(bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What stands for rows `first : first + count`: views."""
+
+    first: int
+    count: int
+    stored: Stored
+
+
+def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMatrix | Int8Matrix:
+    forms, inputs = weight.forms, weight.inputs
+    values = {kind: form for kind, form in forms.items() if not kind.startswith(_BESIDE)}
+    if inputs is not None and inputs.dtype == "I8" and "input_scale" not in forms:
+        scale = values["weight_scale"]
+        if not inputs.group_size and values["weight"].dtype == "I8" and not scale.columns:
+            return Int8Matrix(tensors["weight"], _row_scales(weight, tensors["weight_scale"]))
+    codec = SymmetricGptq.of(values) or codec_of(values)
+    known = inputs is not None or not {"input_scale", "input_global_scale"} & forms.keys()
+    if codec is None or not known or "input_zero_point" in forms:
+        kinds = ", ".join(f"{kind} {form.dtype or 'floats'}" for kind, form in forms.items())
+        raise UnsupportedModelError(
+            f"{weight.name} is quantized in a way that the built-in runtime does not execute: "
+            f"{kinds}",
+            hint="serve this checkpoint with vLLM",
+        )
+    rounded = None
+    if inputs is not None:
+        static = tensors.get("input_scale")
+        overall = tensors.get("input_global_scale")
+        if overall is None and inputs.dtype == "F4_E2M1" and static is not None:
+            overall, static = 1 / static.max(), None
+        rounded = RoundedInputs(
+            inputs,
+            static=None if static is None else static.max(),
+            overall=None if overall is None else overall.max(),
+        )
+    tensors = {kind: tensor for kind, tensor in tensors.items() if kind in values}
+    step = max(DECODED_ELEMENTS // (weight.columns * codec.row_step), 1) * codec.row_step
+    return DecodedMatrix(codec, list(_pieces(weight, tensors, step)), rounded)
+
+
+_BESIDE = ("input_", "weight_shape")
+"""Kinds that the weight does not depend on."""
+
+
+def _row_scales(weight: QuantizedWeight, scale: Tensor) -> Tensor:
+    """A scale for each output, float32 [outputs]."""
+    if weight.forms["weight_scale"].rows:
+        return scale.float().flatten()
+    return scale.float().flatten().repeat_interleave(torch.tensor(weight.part_rows))
+
+
+def _pieces(weight: QuantizedWeight, tensors: Mapping[str, Tensor], step: int) -> Iterator[Piece]:
+    """At most `step` rows at a time, which never are of two parts."""
+    first = 0
+    for part, rows in enumerate(weight.part_rows):
+        for row in range(0, rows, step):
+            count = min(step, rows - row)
+            stored = {
+                kind: _some(weight.forms[kind], tensor, weight.part_rows, part, row, count)
+                for kind, tensor in tensors.items()
+            }
+            yield Piece(first + row, count, stored)
+        first += rows
+
+
+def _some(
+    form: Form, tensor: Tensor, part_rows: Sequence[int], part: int, row: int, count: int
+) -> Tensor:
+    """What a tensor of a fused matrix has for some rows of a part."""
+    if not form.rows:
+        first = 0 if form.shared else part * form.count
+        return tensor.reshape(-1)[first : first + form.count]
+    first = sum(cdiv(rows, form.rows) for rows in part_rows[:part]) + row // form.rows
+    axis = -1 if form.transposed and form.columns is not None else 0
+    return tensor.narrow(axis, first, cdiv(count, form.rows))
+
+
+class SymmetricGptq(Gptq):
+    """GPTQ whose zero points are all alike, so that nobody holds them (vLLM's Marlin neither)."""
+
+    @classmethod
+    def of(cls, forms: Mapping[str, Form]) -> "SymmetricGptq | None":
+        """The codec, if it is one of these forms."""
+        packed = forms.get("qweight")
+        if packed is None or packed.rows > 1 or "qzeros" in forms:
+            return None
+        bits = 32 // (packed.columns or 1)
+        return cls(bits, forms["scales"].columns or 0, torch.bfloat16) if bits in (4, 8) else None
+
+    def unpack(self, stored: Stored) -> tuple[Tensor, Scales]:
+        """Codes and scales of what a checkpoint holds."""
+        codes = unpack_words(stored["qweight"].T, self.bits).float().add_(self.lowest)
+        scale = stored["scales"].T
+        return codes, Scales(factor=scale.float(), stored=scale)
