@@ -1,19 +1,24 @@
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, UnsupportedModelError, UsageError
+from tightfit.model.layout import Parallel
 from tightfit.model.quantization.written import Choice, Wish
+from tightfit.quantize import observe
 from tightfit.quantize.budget import CANDIDATES, allocate, fit_budget
-from tightfit.quantize.candidates import Group, Option
+from tightfit.quantize.calibration.options import CalibrationOptions
+from tightfit.quantize.candidates import Group, Option, measured, sized_groups
 from tightfit.quantize.job import prepare
 from tightfit.quantize.places import Where
 from tightfit.quantize.quality import measure
@@ -126,33 +131,45 @@ def test_what_is_ignored_stays(moe: Path) -> None:
         fit_budget(checkpoint, budget, ignored=["q_proj"])
 
 
-def test_what_matters_more_is_kept_better(moe: Path) -> None:
-    checkpoint = open_checkpoint(str(moe))
-    budget = int(tensor_bytes(checkpoint) * 0.45)
-
-    def damage(found: object, layer: int) -> float:
-        decisions = found.decisions  # type: ignore[attr-defined]
-        return sum(o.damage / g.parameters for g, o in decisions if g.where.layer == layer)
-
-    for layer in (0, 1):
-        found = fit_budget(checkpoint, budget, layer_weights={layer: 1000.0, 1 - layer: 1.0})
-        assert damage(found, layer) < damage(found, 1 - layer)
-
-
 def test_inputs_that_are_seen_more_count_more(moe: Path) -> None:
     checkpoint = open_checkpoint(str(moe))
-    name = "model.layers.1.mlp.down_proj"
-    tensors = checkpoint.tensors()[f"{name}.weight"]
-    energies = {name: torch.zeros(tensors.shape[1])}
+    wishes = [Wish(default=CANDIDATES[0]), Wish(default=CANDIDATES[2])]
+    sized = sized_groups(checkpoint, describe(checkpoint).spec, wishes, Parallel())
+    group = next(one for one in sized if one.name == "model.layers.1.mlp.down_proj")
+    (matrix,) = group.matrices
+    energies = {matrix.module: torch.zeros(matrix.columns)}
     # Only the inputs whose weights are outliers, which integers hold well.
-    energies[name][::37] = 1
+    energies[matrix.module][::37] = 1
+    plain = measured(group, checkpoint.source)
+    seen = measured(group, checkpoint.source, energies=energies)
+    assert plain.options[0].squared_error == seen.options[0].squared_error
+    assert seen.options[0].damage < plain.options[0].damage / 5
+
+
+def test_text_tells_what_matters(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = torch.randint(0, 259, (2, 32), generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(observe, "token_windows", lambda *_: tokens)
+    options = CalibrationOptions(texts=(tmp_path / "text.txt",))
+    model = tmp_path / "model"
+    shutil.copytree(moe, model)
+    tensors = load_file(model / "model.safetensors")
+    # What this layer adds is all but nothing, whatever becomes of it.
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-3
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1e-3
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(str(model))
     budget = int(tensor_bytes(checkpoint) * 0.5)
-    plain, seen = (fit_budget(checkpoint, budget, energies=e) for e in (None, energies))
-    one, other = (
-        next(g.options[0] for g, _ in found.decisions if g.name == name) for found in (plain, seen)
-    )
-    assert one.squared_error == other.squared_error
-    assert other.damage < one.damage / 5
+    found = fit_budget(checkpoint, budget, calibration=options)
+    assert found.total_bytes <= budget
+    layers = {
+        layer: {option.label for group, option in found.decisions if group.where.layer == layer}
+        for layer in (0, 1)
+    }
+    assert layers[0] <= {"fp8-channel", None}
+    assert all(label is not None and label.startswith("w4a16") for label in layers[1])
+    assert tensor_bytes(prepare(checkpoint, found.wish).virtual) == found.total_bytes
 
 
 def test_several_schemes_with_scales_of_a_whole_matrix(moe: Path) -> None:

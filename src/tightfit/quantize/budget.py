@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint
@@ -21,8 +23,11 @@ from tightfit.model.layout import Parallel
 from tightfit.model.parameters import check_parallel
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.model.spec import ModelSpec
-from tightfit.quantize.candidates import Energies, Group, Option, measured, sized_groups
-from tightfit.quantize.job import unquantized_spec
+from tightfit.quantize.calibration.options import CalibrationOptions
+from tightfit.quantize.candidates import Group, Option, SizedGroup, measured, sized_groups
+from tightfit.quantize.job import prepare, unquantized_spec
+from tightfit.quantize.observe import Observed, observe
+from tightfit.quantize.places import Where
 from tightfit.sharding.progress import Progress
 from tightfit.units import format_bytes
 
@@ -87,8 +92,7 @@ def fit_budget(
     ignored: Sequence[str] = (),
     tensor_parallel_size: int = 1,
     search: bool = False,
-    energies: Energies | None = None,
-    layer_weights: Mapping[int, float] | None = None,
+    calibration: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> FittedRecipe:
     """Choose schemes so that the tensors of the checkpoint take at most so many bytes.
@@ -102,8 +106,8 @@ def fit_budget(
         ignored: patterns of modules that stay as they are.
         tensor_parallel_size: at which every scheme has to divide what it gets.
         search: look for scales with the least error, as `--method mse` does.
-        energies: of inputs by module, as calibration data show them (`seen_inputs`).
-        layer_weights: how much the damage of each layer counts (`Sensitivity.layer_weights`).
+        calibration: text that shows which inputs are large, and how much what the attention and
+            the MLP of each layer give out suffers; without it all count alike.
         progress: told of the source bytes.
 
     Raises:
@@ -111,7 +115,8 @@ def fit_budget(
             or the candidates have several formats.
         LayoutError: the model cannot be cut for so many ranks.
         CheckpointError: weights that are missing, truncated or not finite.
-        UnsupportedModelError: the architecture is not known, or quantized already.
+        UnsupportedModelError: the architecture is not known, or quantized already; or there is
+            text, and the built-in runtime cannot run the model.
     """
     spec = unquantized_spec(checkpoint)
     parallel = Parallel(tensor_parallel_size=tensor_parallel_size)
@@ -128,7 +133,7 @@ def fit_budget(
         )
     sized = sized_groups(checkpoint, spec, wishes, parallel)
     kept_bytes = total - sum(group.held_bytes for group in sized)
-    smallest = kept_bytes + sum(group.smallest_bytes for group in sized)
+    smallest = kept_bytes + sum(group.total_bytes(group.smallest) for group in sized)
     if smallest > budget_bytes:
         raise UsageError(
             f"{checkpoint.name} takes at least {format_bytes(smallest)} ({smallest:,} bytes) with "
@@ -137,6 +142,10 @@ def fit_budget(
             hint=f"{format_bytes(kept_bytes)} of that stay as they are, such as embeddings; "
             "give a larger budget, or smaller schemes",
         )
+    observed = (
+        None if calibration is None else _observed(checkpoint, spec, sized, calibration, progress)
+    )
+    energies = None if observed is None else observed.energies
     groups = []
     if progress is not None:
         progress.phase("measuring", total - kept_bytes)
@@ -144,10 +153,11 @@ def fit_budget(
         groups.append(measured(group, checkpoint.source, search=search, energies=energies))
         if progress is not None:
             progress.advance(group.held_bytes)
-    weights = [(layer_weights or {}).get(group.where.layer or 0, 1.0) for group in groups]
+    weights = [1.0] * len(groups) if observed is None else _weights(groups, observed.places)
     chosen = allocate(groups, budget_bytes - kept_bytes, weights)
+    choices = [(group, option.choice) for group, option in zip(groups, chosen, strict=True)]
     return FittedRecipe(
-        wish=Wish(default=None, rules=tuple(_rules(spec, groups, chosen))),
+        wish=Wish(default=None, rules=tuple(_rules(spec, choices))),
         budget_bytes=budget_bytes,
         total_bytes=kept_bytes + sum(option.total_bytes for option in chosen),
         smallest_bytes=smallest,
@@ -215,20 +225,46 @@ def _best_change(
     return best
 
 
+def _observed(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    sized: Sequence[SizedGroup],
+    calibration: CalibrationOptions,
+    progress: Progress | None,
+) -> Observed:
+    """What the smallest recipe of all does to each layer."""
+    smallest = ((group, group.smallest) for group in sized)
+    wish = Wish(default=None, rules=tuple(_rules(spec, smallest)))
+    with TemporaryDirectory(prefix="tightfit-") as directory:
+        return observe(prepare(checkpoint, wish), calibration, Path(directory), progress=progress)
+
+
+def _weights(groups: Sequence[Group], places: Mapping[Where, float]) -> list[float]:
+    """How much damage counts: as its sum in each place is to what was observed there.
+
+    In both cases of the smallest options.
+    """
+    sums: dict[Where, float] = {}
+    for group in groups:
+        sums[group.where] = sums.get(group.where, 0.0) + group.options[0].damage
+    found = {where: places[where] / one for where, one in sums.items() if one and where in places}
+    return [found.get(group.where, 1.0) for group in groups]
+
+
 def _rules(
-    spec: ModelSpec, groups: Sequence[Group], chosen: Sequence[Option]
+    spec: ModelSpec, chosen: Iterable[tuple[Group | SizedGroup, Choice | None]]
 ) -> Iterator[tuple[str, Choice | None]]:
     """Patterns that match these modules and no others, with the layers that are alike in one."""
     layers: dict[tuple[Choice, tuple[str, ...]], list[int]] = {}
-    for group, option in zip(groups, chosen, strict=True):
-        if option.choice is None:
+    for group, choice in chosen:
+        if choice is None:
             continue
         prefix = f"{spec.names.layers}.{group.where.layer}."
         if all(module.startswith(prefix) for module in group.modules):
             ends = tuple(module.removeprefix(prefix) for module in group.modules)
-            layers.setdefault((option.choice, ends), []).append(group.where.layer or 0)
+            layers.setdefault((choice, ends), []).append(group.where.layer or 0)
         else:
-            yield f"^{_either(map(re.escape, group.modules))}$", option.choice
+            yield f"^{_either(map(re.escape, group.modules))}$", choice
     for (choice, ends), numbers in layers.items():
         start = re.escape(f"{spec.names.layers}.")
         yield f"^{start}{_either(map(str, numbers))}\\.{_either(map(re.escape, ends))}$", choice

@@ -97,9 +97,9 @@ class SizedGroup:
         return sum(dtype_bytes(one.dtype, prod(one.shape)) for one in outputs)
 
     @property
-    def smallest_bytes(self) -> int:
-        """With the smallest scheme."""
-        return min(map(self.total_bytes, (None, *self.made)))
+    def smallest(self) -> Choice | None:
+        """The smallest scheme."""
+        return min((None, *self.made), key=self.total_bytes)
 
 
 def sized_groups(

@@ -5,8 +5,6 @@ layer of the quantized checkpoint gets the same inputs, whole and with only its 
 its MLP quantized. Nothing is quantized below, so that every layer is judged alone.
 """
 
-import json
-import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.errors import UsageError
 from tightfit.quantize.calibration.options import CalibrationOptions
+from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.dequantize import open_dequantized
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.places import ATTENTION, Where, layer_kinds
 from tightfit.runtime.layerwise import LayerwiseModel, LoadedLayer
-from tightfit.runtime.text import Text
 from tightfit.sharding.progress import Progress
 
 _AT_ONCE = 2**12
@@ -140,31 +136,6 @@ def _activations(directory: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tenso
         for name in ("before", "after")
     )
     return first, second
-
-
-def token_windows(checkpoint: Checkpoint, options: CalibrationOptions) -> Tensor:
-    """int64 `[samples, length]` of the calibration text.
-
-    Raises:
-        UsageError: the text is too short.
-    """
-    text = Text(checkpoint)
-    ids = [one for path in options.texts for one in text.encode(_text(path))]
-    last = len(ids) - options.length
-    if last < 0:
-        raise UsageError(
-            f"the calibration text has {len(ids)} tokens, and a sample has {options.length}",
-            hint="give a longer text, or --calibration-length",
-        )
-    starts = random.Random(options.seed).sample(range(last + 1), min(options.samples, last + 1))
-    return torch.tensor([ids[start : start + options.length] for start in starts])
-
-
-def _text(path: Path) -> str:
-    text = path.read_text("utf-8", errors="replace")
-    if path.suffix != ".jsonl":
-        return text
-    return "\n\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
 
 
 def _layer_bytes(job: QuantizeJob, index: int) -> int:
