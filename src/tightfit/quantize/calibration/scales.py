@@ -1,6 +1,6 @@
 """Scales with the least error of what a layer gives out, not of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ _LARGEST_GROUP = 256
 
 
 def least_output_error(
-    coder: Codec, matrix: Tensor, gram: Tensor, amax: Tensor | None = None
+    coder: Codec,
+    matrix: Tensor,
+    gram: Tensor,
+    amax: Tensor | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Scales:
     """Search scales of some rows, of which every weight is then rounded by itself.
 
@@ -27,10 +31,11 @@ def least_output_error(
         matrix: float32 `[rows, columns]`.
         gram: float32 `[columns, columns]`, up to a factor.
         amax: as in `Codec.scales`.
+        shares: of the largest values, instead of all those that the codec tries.
     """
     size = coder.group_size
     if not 0 < size <= _LARGEST_GROUP:
-        return least_weighted_error(coder, matrix, gram.diagonal(), amax)
+        return least_weighted_error(coder, matrix, gram.diagonal(), amax, shares)
     groups = len(gram) // size
     blocks = gram[: groups * size, : groups * size].view(groups, size, groups, size)
     blocks = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
@@ -40,25 +45,35 @@ def least_output_error(
         seen = torch.bmm(grouped.transpose(0, 1), blocks).transpose(0, 1)
         return seen.mul_(grouped).sum(dim=-1)
 
-    return _search(coder, matrix, amax, error)
+    return _search(coder, matrix, amax, shares, error)
 
 
 def least_weighted_error(
-    coder: Codec, matrix: Tensor, weights: Tensor, amax: Tensor | None = None
+    coder: Codec,
+    matrix: Tensor,
+    weights: Tensor,
+    amax: Tensor | None = None,
+    shares: Sequence[float] | None = None,
 ) -> Scales:
     """The same with a weight for the squared error of each column, float32 `[columns]`."""
-    return _search(
-        coder, matrix, amax, lambda wrong: coder.grouped(wrong.square_().mul_(weights)).sum(dim=-1)
-    )
+
+    def error(wrong: Tensor) -> Tensor:
+        return coder.grouped(wrong.square_().mul_(weights)).sum(dim=-1)
+
+    return _search(coder, matrix, amax, shares, error)
 
 
 def _search(
-    coder: Codec, matrix: Tensor, amax: Tensor | None, error: Callable[[Tensor], Tensor]
+    coder: Codec,
+    matrix: Tensor,
+    amax: Tensor | None,
+    shares: Sequence[float] | None,
+    error: Callable[[Tensor], Tensor],
 ) -> Scales:
     if isinstance(coder, Fp8Block) or len(coder.shares) == 1:
         # What shares a scale is more than some columns of a row.
         return coder.scales(matrix, amax, search=True)
-    candidates = [coder.candidate(matrix, amax, share) for share in coder.shares]
+    candidates = [coder.candidate(matrix, amax, share) for share in shares or coder.shares]
     return least_error(
         candidates,
         (

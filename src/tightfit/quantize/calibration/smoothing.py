@@ -5,21 +5,24 @@ arXiv 2306.00978) protects the weights of large inputs, SmoothQuant (Xiao et al.
 2211.10438) makes activations easier to quantize. Leaving all as it is counts as well.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from tightfit.model.quantization import recipe
 from tightfit.quantize.calibration.inputs import Inputs
+from tightfit.quantize.calibration.scales import least_output_error
 from tightfit.quantize.codecs import Codec
 from tightfit.runtime.inputs import RoundedInputs
 
-_STEPS = 20
+_STEPS = 10
 _ROWS = 512
 _ALL_ROWS = 4096
 """Rows that are tried, of a matrix and of all that share an input; evenly spread."""
-_POWERS = (0.35, 0.5, 0.6, 0.7, 0.8)
+_POWERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+_SHARES = (1.0, 0.9, 0.8, 0.7)
+"""Of the largest values of groups, where scales are to be clipped afterwards."""
 _SMALLEST = 1e-5
 
 Shape = Callable[[Tensor], Tensor]
@@ -44,16 +47,18 @@ def awq_scales(coder: Codec, weights: Sequence[Tensor], inputs: Inputs, alike: S
 
     def error(scales: Tensor) -> float:
         amax = (largest * scales).amax() if coder.needs_amax else None
+        seen = gram / scales / scales[:, None]
         total = 0.0
         for weight in some:
             scaled = weight * scales
-            found = coder.scales(scaled, amax)
+            found = least_output_error(coder, scaled, seen, amax, shares)
             wrong = coder.values(coder.codes(scaled, found), found).div_(scales).sub_(weight)
             total += float((wrong @ gram).mul_(wrong).sum())
         return total
 
+    shares = _SHARES if len(coder.shares) > len(_SHARES) else None
     powers = [step / _STEPS for step in range(1, _STEPS + 1)]
-    candidates = [size**power for power in powers]
+    candidates = [torch.ones_like(size), *(size**power for power in powers)]
     candidates += [size**power / own ** (1 - power) for power in powers]
     return _best(candidates, alike, error)
 
@@ -89,6 +94,7 @@ def smoothquant_scales(
         return total
 
     candidates = [largest**power / own ** (1 - power) for power in _POWERS]
+    candidates.insert(0, torch.ones_like(own))
     return _best(candidates, alike, error)
 
 
@@ -103,25 +109,16 @@ def rounding_of_inputs(scheme: str) -> Shape:
 
 def _best(candidates: Iterable[Tensor], alike: Shape, error: Callable[[Tensor], float]) -> Tensor:
     best: Tensor | None = None
-    least = float("inf")
-    for one in _with_none(candidates):
+    least = 0.0
+    for one in candidates:
         scales = alike(one)
         # Around 1, so that neither side leaves the range of its dtype.
         scales = scales / (scales.amax() * scales.amin()).sqrt()
         found = error(scales)
-        if found < least:
+        if best is None or found < least:
             best, least = scales, found
     assert best is not None
     return best
-
-
-def _with_none(candidates: Iterable[Tensor]) -> Iterator[Tensor]:
-    first = True
-    for one in candidates:
-        if first:
-            yield torch.ones_like(one)
-            first = False
-        yield one
 
 
 def _largest(weights: Sequence[Tensor]) -> Tensor:
