@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.quantization.recipe import Inputs
-from tightfit.planner.engines.builtin_memory import ROUNDED_TOKENS
+from tightfit.planner.engines.builtin_quantized import ROUNDED_TOKENS
 from tightfit.quantize.codecs.grids import FP4_MAX, FP8_MAX, to_fp4, to_fp8, to_integers
 from tightfit.quantize.codecs.mx import from_exponents, to_exponents
 

@@ -14,7 +14,11 @@ from torch.nn import functional as F
 
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.quantization.forms import Form
-from tightfit.planner.engines.builtin_memory import DECODED_ELEMENTS, ROUNDED_TOKENS
+from tightfit.planner.engines.builtin_quantized import (
+    DECODED_ELEMENTS,
+    ROUNDED_TOKENS,
+    multiplies_integers,
+)
 from tightfit.quantize.codecs import Codec, Scales, Stored
 from tightfit.quantize.codecs.integers import Gptq
 from tightfit.quantize.codecs.packing import unpack_words
@@ -96,10 +100,8 @@ class Piece:
 def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMatrix | Int8Matrix:
     forms, inputs = weight.forms, weight.inputs
     values = {kind: form for kind, form in forms.items() if not kind.startswith(_BESIDE)}
-    if inputs is not None and inputs.dtype == "I8" and "input_scale" not in forms:
-        scale = values["weight_scale"]
-        if not inputs.group_size and values["weight"].dtype == "I8" and not scale.columns:
-            return Int8Matrix(tensors["weight"], _row_scales(weight, tensors["weight_scale"]))
+    if multiplies_integers(tuple(forms.values()), inputs):
+        return Int8Matrix(tensors["weight"], _row_scales(weight, tensors["weight_scale"]))
     codec = SymmetricGptq.of(values) or codec_of(values)
     known = inputs is not None or not {"input_scale", "input_global_scale"} & forms.keys()
     if codec is None or not known or "input_zero_point" in forms:

@@ -19,8 +19,9 @@ from typing import Any
 from tightfit.model.blocks.attention import Attention, head_axes
 from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Rank
-from tightfit.model.parameters import parameters
+from tightfit.model.parameters import plain_parameters
 from tightfit.model.spec import Layer, ModelSpec, ropes
+from tightfit.planner.engines.builtin_quantized import decoding_bytes
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, dtype_bytes, format_bytes, round_up
 
@@ -34,10 +35,6 @@ NORM_ROWS = 256
 """Rows that a norm converts to float32 at once."""
 EXPERT_ROWS = 512
 """Tokens that an expert takes at once."""
-DECODED_ELEMENTS = 2**20
-"""Elements of a quantized matrix that are decoded at once, unless one row alone has more."""
-ROUNDED_TOKENS = 128
-"""Tokens whose inputs are rounded, or multiplied as integers, at once."""
 SAMPLER_ELEMENTS = 2**22
 """Logits that top-k and top-p sort at once, unless one row alone has more."""
 
@@ -138,6 +135,8 @@ def _activations(
     name, largest = max(
         ((name, size) for stage in stages for name, size in stage.items()), key=lambda x: x[1]
     )
+    if decoded := decoding_bytes(spec, rank, b, tokens):
+        shared["a quantized matrix while it is used"] = decoded
     total = sum(shared.values()) + largest
     terms = [f"{label}: {size}" for label, size in shared.items() if size]
     return total, (
@@ -194,7 +193,7 @@ def _logits(
     spec: ModelSpec, rank: Rank, b: int, seqs: int, tokens: int, activations: int
 ) -> Component:
     """Logits take the place of a layer's temporaries, so only what exceeds them counts."""
-    table = next(w for w in parameters(spec) if w.name == "model.embed_tokens.weight")
+    table = next(w for w in plain_parameters(spec) if w.name == "model.embed_tokens.weight")
     shares = [table.rank_shape(other)[0] for other in rank.parallel.ranks()]
     mine, vocab = shares[rank.tp_rank], spec.vocab_size
     label = f"hidden states and logits N x (2H + {mine}) x b"
@@ -283,7 +282,7 @@ def _release(text: str) -> tuple[int, int]:
 
 def _rows(spec: ModelSpec, rank: Rank, name: str) -> int:
     """Rows of a parameter on a rank."""
-    weight = next(w for w in parameters(spec) if w.name == name)
+    weight = next(w for w in plain_parameters(spec) if w.name == name)
     return weight.rank_shape(rank)[-2]
 
 
