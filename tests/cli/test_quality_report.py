@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,17 @@ def test_a_checkpoint_without_errors_or_layers(tmp_path: Path) -> None:
     assert "exact" in Outline(written(tmp_path / "q.html", alone)).text
     head = Quality(model="m", scheme="int8", method="rtn", matrices=())
     assert "Relative error by layer" not in Outline(written(tmp_path / "q.html", head)).text
+
+
+def test_methods_that_change_weights_on_purpose(tmp_path: Path) -> None:
+    awq = replace(quality(), method="awq")
+    console = Console(file=io.StringIO(), width=300)
+    render_quality(awq, console)
+    for text in (
+        Outline(written(tmp_path / "q.html", awq)).text,
+        console.file.getvalue(),  # type: ignore[attr-defined]
+    ):
+        assert "differences from the original weights, and no errors" in text
 
 
 def test_weight_of_the_page(tmp_path: Path) -> None:

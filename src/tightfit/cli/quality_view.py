@@ -23,6 +23,8 @@ def render_quality(quality: Quality, console: Console) -> None:
         table.add_row(kind, *_figures(figures), f"{figures.parameters:,}")
     table.add_row("all", *_figures(quality.total), f"{quality.total.parameters:,}", style="bold")
     console.print(table)
+    if quality.caveat is not None:
+        console.print(Text(quality.caveat, style="yellow"))
     worst = quality.worst(_WORST)
     table = _table("worst matrices", "relative error", "SQNR dB")
     table.add_column("worst outputs, with their errors", overflow="fold")

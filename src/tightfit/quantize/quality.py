@@ -121,6 +121,17 @@ class Quality:
     matrices: tuple[MatrixQuality, ...]
 
     @property
+    def caveat(self) -> str | None:
+        """Why the figures are not what they seem."""
+        if self.method not in ("awq", "smoothquant"):
+            return None
+        return (
+            f"{self.method} moves scales of inputs into the weights, so that these figures are "
+            "differences from the original weights, and no errors; judge by --evaluate or "
+            "--sensitivity"
+        )
+
+    @property
     def total(self) -> Figures:
         """Of all that is quantized."""
         return Figures.of_all(one.figures for one in self.matrices)
@@ -157,6 +168,7 @@ class Quality:
             "model": self.model,
             "scheme": self.scheme,
             "method": self.method,
+            "caveat": self.caveat,
             "total": {**self.total.to_json(), "scales_log2": _bins(scales)},
             "kinds": [{"kind": kind, **one.to_json()} for kind, one in self.kinds.items()],
             "layers": [{"layer": layer, **one.to_json()} for layer, one in self.layers.items()],
@@ -168,9 +180,6 @@ def measure(
     job: QuantizeJob, written: Checkpoint | None = None, *, progress: Progress | None = None
 ) -> Quality:
     """Compare a quantized checkpoint with its original, in memory for one matrix at a time.
-
-    Methods that move scales from activations into weights (AWQ, SmoothQuant) change what a matrix
-    should be: their errors are no measure of harm.
 
     Args:
         job: from `prepare`.

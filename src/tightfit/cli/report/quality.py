@@ -95,6 +95,7 @@ def _headline(quality: Document) -> Markup:
         element("p", quality["scheme"], class_="muted"),
         element("h1", quality["model"]),
         element("p", sentence(reason), class_="reason"),
+        element("p", sentence(quality["caveat"]), class_="bad") if quality["caveat"] else None,
         class_="headline",
     )
 
