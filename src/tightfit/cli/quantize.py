@@ -27,7 +27,9 @@ def quantize(
         str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
     ],
     scheme: Annotated[
-        str | None, typer.Option(metavar="SCHEME", help=", ".join(SCHEMES), show_default=False)
+        str | None,
+        # With its name: typer 0.27.2 takes a metavar that differs only in case for the name.
+        typer.Option("--scheme", metavar="SCHEME", help=", ".join(SCHEMES), show_default=False),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -90,12 +92,6 @@ def quantize(
         int, typer.Option(help="Tokens of each.", rich_help_panel=_CALIBRATION)
     ] = 512,
     seed: Annotated[int, typer.Option(help="Which ones.", rich_help_panel=_CALIBRATION)] = 0,
-    backend: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(request.BACKENDS), help="Of gptq.", rich_help_panel=_CALIBRATION
-        ),
-    ] = "own",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -179,7 +175,7 @@ def quantize(
             f"--executor {executor} writes to a shared directory, and not to {out}",
             hint="leave out --executor",
         )
-    request.check_method(method, backend)
+    request.check_method(method)
     request.require_packages()
     patterns = tuple(ignore or ())
     wish = None
@@ -204,7 +200,6 @@ def quantize(
     asked = Asked(
         out=out,
         method=method,
-        backend=backend,
         for_tp=for_tp,
         max_shard_bytes=size,
         resume=resume,

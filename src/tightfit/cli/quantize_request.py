@@ -12,8 +12,6 @@ from tightfit.quantize.recipe_file import KV_CACHE, METHODS, read_recipe, wish_o
 if TYPE_CHECKING:
     from tightfit.quantize.calibration import CalibrationOptions
 
-BACKENDS = ("own", "optimum")
-
 
 def require_packages() -> None:
     """Say what to install if a package is missing.
@@ -26,20 +24,14 @@ def require_packages() -> None:
             raise MissingExtraError("quantize", "quantize", package)
 
 
-def check_method(method: str, backend: str) -> None:
+def check_method(method: str) -> None:
     """Refuse unknown names.
 
     Raises:
-        UsageError: no such method, or no such backend of it.
+        UsageError: there is no such method.
     """
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", hint="--method " + "|".join(METHODS))
-    if backend not in BACKENDS:
-        raise UsageError(f"there is no backend {backend!r}", hint="--backend " + "|".join(BACKENDS))
-    if backend != "own" and method != "gptq":
-        raise UsageError(
-            f"the backend {backend} does not have the method {method}", hint="--method gptq"
-        )
 
 
 def wish_from(
@@ -119,7 +111,22 @@ def calibration_from(
     return CalibrationOptions(texts=tuple(texts), samples=samples, length=length, seed=seed)
 
 
-def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """A text to evaluate.
+
+    Raises:
+        UsageError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(
+            f"cannot read the text {path}: {reason}", hint="give a plain text in UTF-8"
+        ) from None
+
+
+def fingerprint(options: "CalibrationOptions") -> dict[str, Any]:
     """What values depend on beside the weights, without a word of the text."""
     import xxhash
 
@@ -131,7 +138,6 @@ def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
                 digest.update(data)
         digests.append(digest.hexdigest())
     return {
-        "backend": backend,
         "samples": options.samples,
         "length": options.length,
         "seed": options.seed,

@@ -14,7 +14,8 @@ import xxhash
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli.output import NoProgress, note, warn
-from tightfit.cli.quantize_request import calibration_from, fingerprint
+from tightfit.cli.quantize_request import calibration_from, fingerprint, read_text
+from tightfit.errors import UsageError
 from tightfit.executors import Executor
 from tightfit.model.quantization.written import Wish
 from tightfit.quantize.admission import lost_sizes
@@ -24,6 +25,7 @@ from tightfit.quantize.write import WriteJob, is_there, write, write_job
 
 if TYPE_CHECKING:
     from tightfit.quantize.budget import FittedRecipe
+    from tightfit.quantize.evaluate import Perplexity
     from tightfit.quantize.quality import Quality
     from tightfit.quantize.sensitivity import Sensitivity
 
@@ -34,7 +36,6 @@ class Asked:
 
     out: str
     method: str
-    backend: str
     for_tp: int | None
     max_shard_bytes: int
     resume: bool
@@ -73,6 +74,8 @@ class Done:
     budget: "FittedRecipe | None"
     quality: "Quality | None"
     sensitivity: "Sensitivity | None"
+    perplexity: "tuple[Perplexity, Perplexity] | None"
+    """Before and after."""
 
 
 def carry_out(
@@ -103,10 +106,17 @@ def carry_out(
         wish = budget.wish
     options = asked.calibration(wish)
     job = prepare(checkpoint, wish, method=asked.method, tensor_parallel_size=size)
-    for text in _remarks(job, asked):
-        warn(text)
-    known = {} if options is None else fingerprint(options, asked.backend)
+    for remark in _remarks(job, asked):
+        warn(remark)
+    known = {} if options is None else fingerprint(options)
     calibrated = options is not None and is_needed(wish, asked.method)
+    measured = asked.evaluate is not None or asked.report is not None or asked.sensitivity
+    if asked.dry_run and calibrated and measured:
+        raise UsageError(
+            "nothing is calibrated in a dry run, so there is nothing to measure",
+            hint="leave out --dry-run, or --evaluate, --report and --sensitivity",
+        )
+    text = None if asked.evaluate is None else read_text(asked.evaluate)
     files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
     written, fresh = None, not asked.dry_run
     if not asked.dry_run:
@@ -149,6 +159,7 @@ def carry_out(
         budget=budget,
         quality=quality,
         sensitivity=sensitivity,
+        perplexity=None if text is None else _perplexity(job, written or job.virtual, text, bars),
     )
 
 
@@ -183,6 +194,26 @@ def _sensitivity(
         return weight_sensitivity(quality)
     with tempfile.TemporaryDirectory(prefix="tightfit-") as directory:
         return output_sensitivity(job, options, Path(directory), progress=bars)
+
+
+def _perplexity(
+    job: QuantizeJob, quantized: Checkpoint, text: str, bars: NoProgress
+) -> "tuple[Perplexity, Perplexity]":
+    from tightfit.quantize.evaluate import perplexity
+
+    def measured(name: str, checkpoint: Checkpoint) -> "Perplexity":
+        nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
+        bars.phase(name, nbytes)
+        shown = 0
+
+        def show(done: int, layers: int) -> None:
+            nonlocal shown
+            bars.advance(nbytes * done // layers - shown)
+            shown = nbytes * done // layers
+
+        return perplexity(checkpoint, text, progress=show)
+
+    return measured("before", job.checkpoint), measured("after", quantized)
 
 
 def _remarks(job: QuantizeJob, asked: Asked) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from tightfit.checkpoint.source import is_remote
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tightfit.cli.quantize_steps import Asked, Done
+    from tightfit.quantize.evaluate import Perplexity
 
 _MOST_KEPT = 8
 
@@ -43,6 +45,9 @@ def document(done: "Done", asked: "Asked") -> dict[str, Any]:
         "refusals": [],
         "budget": None if done.budget is None else done.budget.to_json(),
         "quality": None if done.quality is None else done.quality.to_json(),
+        "perplexity": None
+        if done.perplexity is None
+        else dict(zip(("before", "after"), map(_perplexity, done.perplexity), strict=True)),
         "sensitivity": None if done.sensitivity is None else done.sensitivity.to_json(),
     }
 
@@ -92,6 +97,9 @@ def show(done: "Done", asked: "Asked") -> None:
         _line(page, f"{'wrote' if done.fresh else 'would write'} {what}, to {asked.out}")
     else:
         _line(page, f"{asked.out} holds all of it already, as its checksums prove: {what}")
+    if done.perplexity is not None:
+        before, after = (f"{one.value:.3f} (± {one.error:.3f})" for one in done.perplexity)
+        _line(page, f"perplexity of {asked.evaluate}: {before} before, {after} after")
     if not asked.dry_run:
         _line(page, f"next: {served(job, asked.out, asked.for_tp)}")
 
@@ -124,6 +132,17 @@ def served(job: QuantizeJob, out: str, for_tp: int | None) -> str:
     if job.wish.kv_cache:
         words.append("--kv-cache-dtype fp8")
     return " ".join(words)
+
+
+def _perplexity(one: "Perplexity") -> dict[str, Any]:
+    """Numbers that are not finite are no JSON."""
+    good = isfinite(one.value)
+    return {
+        "value": one.value if good else None,
+        "error": one.error if good else None,
+        "windows": one.windows,
+        "tokens": one.tokens,
+    }
 
 
 def _cells(one: Sizes) -> tuple[str, ...]:

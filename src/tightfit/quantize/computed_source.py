@@ -269,7 +269,8 @@ class ComputedSource(ABC, Generic[U]):
         self._waiting: dict[_Key, None] = {}
         self._reading: dict[int, _Key] = {}
         self._reader: dict[_Key, int] = {}
-        self._waiting_bytes = self._made_bytes = 0
+        self._waiting_bytes = 0
+        self._made_bytes = 0
         self._done: set[_Key] = set()
 
     def __getstate__(self) -> dict[str, Any]:
