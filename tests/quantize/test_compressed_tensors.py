@@ -152,3 +152,17 @@ def test_its_scales_are_ours(make: Make, label: str, model: str, dtype: str) -> 
             assert mine >= theirs * (1 - rtol)
         else:
             torch.testing.assert_close(mine, theirs, rtol=0 if "mx" in label else rtol, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(192, 576), (128, 200), (320, 128), (1, 130)])
+def test_smaller_blocks_at_the_ends(shape: tuple[int, int]) -> None:
+    """Told of the blocks; its decompressor infers them from the shapes, as equal ones."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    coder = codec(CHOICES["fp8-block"], torch.bfloat16)
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    stored = coder.encode(matrix.clone())
+    args = QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[128, 128])
+    theirs = dequantize(stored["weight"], stored["weight_scale"], args=args)
+    assert same_bits(theirs.contiguous(), coder.decode(stored).to(torch.bfloat16))
