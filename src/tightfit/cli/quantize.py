@@ -177,6 +177,10 @@ def quantize(
         )
     request.check_method(method)
     request.require_packages()
+    if report is not None:
+        from tightfit.cli.report.quality import check_suffix
+
+        check_suffix(report)
     patterns = tuple(ignore or ())
     wish = None
     if budget is None or scheme is not None or recipe is not None:

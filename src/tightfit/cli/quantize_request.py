@@ -83,9 +83,9 @@ def calibration_from(
     samples: int,
     length: int,
     seed: int,
-    for_sensitivity: bool,
+    useful: bool,
 ) -> "CalibrationOptions | None":
-    """What values are chosen with; None if none is needed.
+    """What values are chosen with; None if none is needed, or wanted for what else it is `useful`.
 
     Raises:
         UsageError: there is no text, and something needs it; or there is, and nothing does.
@@ -100,7 +100,7 @@ def calibration_from(
             f"{_reason(wish, method)} needs text to calibrate with",
             hint="--calibration FILE, a .txt or .jsonl like what the model will read",
         )
-    if not needed and not for_sensitivity:
+    if not needed and not useful:
         raise UsageError(
             f"--calibration is of no use to {wish.label} by the method {method}",
             hint="leave it out, or choose --method gptq, awq or smoothquant",

@@ -59,7 +59,7 @@ class Asked:
             samples=self.samples,
             length=self.length,
             seed=self.seed,
-            for_sensitivity=self.sensitivity,
+            useful=self.sensitivity or self.budget_bytes is not None,
         )
 
 
@@ -101,6 +101,7 @@ def carry_out(
             ignored=asked.ignored,
             tensor_parallel_size=size,
             search=asked.method == "mse",
+            calibration=asked.calibration(None),
             progress=bars,
         )
         wish = budget.wish
