@@ -119,7 +119,7 @@ def test_schema_1_without_a_device() -> None:
 
 
 def test_headers_are_said() -> None:
-    plan = make_plan(read_spec("Qwen3-8B"), PlanOptions(), name="x", stored_bytes=60)
+    plan = make_plan(read_spec("Qwen3-8B"), PlanOptions(), name="x", checkpoint_bytes=60)
     model = plan.to_json()["model"]
     assert (model["weights_origin"], model["checkpoint_bytes"]) == ("headers", 60)
 

@@ -17,8 +17,10 @@ from support.wishes import CHOICES, WISHES, mixed
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.errors import LayoutError, UnsupportedModelError
+from tightfit.model.families import model_spec
 from tightfit.model.quantization.written import Wish
 from tightfit.planner.api import OpenedModel
+from tightfit.planner.assemble import make_plan
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.quantized import stored_bytes
 from tightfit.quantize.job import QuantizeJob, prepare
@@ -123,6 +125,20 @@ def test_by_recipe(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert planned["model"]["checkpoint_bytes"] == bytes_in(out)
     assert planned["options"]["quantization"]["value"] == "fp8-channel + w4a16 g32"
+
+
+def test_scales_of_a_cache(tiny_model: Callable[[str], Path]) -> None:
+    """Two of each layer, which calibration finds; the plan has a cache of fp8 then."""
+    model = tiny_model("llama")
+    wish = Wish(default=CHOICES["fp8-channel"], kv_cache=True)
+    plan = opened(open_checkpoint(str(model))).plan(PlanOptions(quantization_recipe=wish))
+    options = PlanOptions(quantization="fp8-channel")
+    plain = opened(open_checkpoint(str(model))).plan(options)
+    assert plan.model.checkpoint_bytes == plain.model.checkpoint_bytes + 2 * 2 * 4
+    assert (plan.kv_cache.dtype, plain.kv_cache.dtype) == ("F8_E4M3", "BF16")
+    config = open_checkpoint(str(model / "config.json")).config
+    by_shapes = make_plan(model_spec(config), PlanOptions(quantization_recipe=wish), name="x")
+    assert by_shapes.model.checkpoint_bytes == plan.model.checkpoint_bytes
 
 
 def opened(checkpoint: Checkpoint) -> OpenedModel:

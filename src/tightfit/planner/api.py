@@ -47,7 +47,7 @@ class OpenedModel:
             spec,
             options,
             name=self.checkpoint.name,
-            stored_bytes=self._stored_bytes(options) if self.from_headers else None,
+            checkpoint_bytes=self._stored_bytes(options) if self.from_headers else None,
             measured=_own_measurements(spec, options) if corrected else None,
         )
 

@@ -14,10 +14,10 @@ from tightfit.planner.engines.base import Deployed, Engine
 from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, ModelSummary, Plan
 from tightfit.planner.pool import Fixed, Pool, all_fixed, pool_of
-from tightfit.planner.quantized import as_written
+from tightfit.planner.quantized import as_written, stored_bytes
 from tightfit.planner.resolve import model_max_len
 from tightfit.planner.verdict import kv_plan, rank_plan, verdict_of
-from tightfit.planner.weights import checkpoint_bytes, weights_component
+from tightfit.planner.weights import weights_component
 from tightfit.units import format_bytes
 
 
@@ -47,7 +47,7 @@ def make_plan(
     options: PlanOptions,
     *,
     name: str,
-    stored_bytes: int | None = None,
+    checkpoint_bytes: int | None = None,
     measured: Mapping[str, int] | None = None,
 ) -> Plan:
     """Plan the memory of every rank.
@@ -56,7 +56,7 @@ def make_plan(
         spec: the model.
         options: what the user asked for.
         name: of the model, for the reader.
-        stored_bytes: of all tensors of the checkpoint, if its headers were read.
+        checkpoint_bytes: of all tensors of the checkpoint, if its headers were read.
         measured: bytes to add to components, which the user's own start-ups have taught.
 
     Raises:
@@ -64,8 +64,11 @@ def make_plan(
         UsageError: options that contradict each other or the model.
     """
     chosen = engine(options)
+    from_headers = checkpoint_bytes is not None
+    if checkpoint_bytes is None:
+        checkpoint_bytes = stored_bytes(spec, options)
     spec = as_written(spec, options)
-    summary = _summary(spec, name, stored_bytes)
+    summary = _summary(spec, name, checkpoint_bytes, from_headers=from_headers)
     spec = _adapted(spec, chosen, options)
     parallel = chosen.parallel(options)
     _check_parallel(spec, parallel)
@@ -199,13 +202,13 @@ _check_parallel = lru_cache(maxsize=64)(check_parallel)
 
 
 @lru_cache(maxsize=8)
-def _summary(spec: ModelSpec, name: str, stored_bytes: int | None) -> ModelSummary:
+def _summary(spec: ModelSpec, name: str, nbytes: int, *, from_headers: bool) -> ModelSummary:
     return ModelSummary(
         name=name,
         architecture=spec.architecture,
         params=parameter_count(spec),
-        checkpoint_bytes=checkpoint_bytes(spec) if stored_bytes is None else stored_bytes,
-        weights_origin=spec.listed_from or ("shapes" if stored_bytes is None else "headers"),
+        checkpoint_bytes=nbytes,
+        weights_origin=spec.listed_from or ("headers" if from_headers else "shapes"),
     )
 
 

@@ -75,25 +75,33 @@ def _quantized(spec: ModelSpec, wish: "Wish", scheme: str | None) -> ModelSpec:
     return quantize_spec(spec, scheme or wish.label, wish=wish)
 
 
-def stored_bytes(spec: ModelSpec, options: PlanOptions, tensors: Mapping[str, Tensor]) -> int:
+# A sweep asks for the same again and again.
+_promised = lru_cache(maxsize=8)(checkpoint_bytes)
+
+
+def stored_bytes(
+    spec: ModelSpec, options: PlanOptions, tensors: Mapping[str, Tensor] | None = None
+) -> int:
     """Bytes of all tensors of the checkpoint that is planned.
 
     Args:
         spec: the model that there is.
         options: of the plan.
-        tensors: of its checkpoint.
+        tensors: of its checkpoint, if its headers were read; else the dtype is config.json's.
 
     Raises:
         LayoutError, UsageError, UnsupportedModelError: as `as_written`.
     """
     written = as_written(spec, options)
     if written is spec:
+        if tensors is None:
+            return _promised(spec)
         return sum(tensor.nbytes for tensor in tensors.values())
+    from tightfit.model.quantization.sizes import cache_scale_bytes, written_bytes
+
     wish = wish_of(options)
     assert wish is not None
-    if spec.alias is not None:
-        # `quantize` does not take such names, and a plan has no others.
-        return checkpoint_bytes(written)
-    from tightfit.model.quantization.sizes import written_bytes
-
+    # `quantize` does not take tensors with other names than the model's.
+    if tensors is None or spec.alias is not None:
+        return _promised(written) + cache_scale_bytes(spec, wish)
     return written_bytes(spec, wish, tensors)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 
+from tightfit.model.blocks.attention import Attention
 from tightfit.model.quantization.forms import stored_forms
 from tightfit.model.quantization.recipe import split_experts
 from tightfit.model.quantization.written import Wish, decide, matrices, module_name
@@ -47,4 +48,12 @@ def written_bytes(spec: ModelSpec, wish: Wish, tensors: Mapping[str, Tensor]) ->
                 for tensor in forms:
                     elements = prod(tensor.source_shape(tensor.parts[number]))
                     total += count * dtype_bytes(tensor.dtype or dtype, elements)
-    return total + sum(tensor.nbytes for tensor in tensors.values()) - sum(taken.values())
+    total += sum(tensor.nbytes for tensor in tensors.values()) - sum(taken.values())
+    return total + cache_scale_bytes(spec, wish)
+
+
+def cache_scale_bytes(spec: ModelSpec, wish: Wish) -> int:
+    """Of the scales of a quantized cache: one for keys and one for values, in float32."""
+    mixers = [mixer for layer in spec.layers for mixer in layer.mixers]
+    count = sum(isinstance(mixer, Attention) for mixer in mixers) if wish.kv_cache else 0
+    return count * 2 * dtype_bytes("F32")
