@@ -6,7 +6,7 @@ rounded as the scheme says.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -38,12 +38,37 @@ def rank_weights(parameters: RankParameters, tensors: Mapping[str, Tensor]) -> W
     matrices: dict[str, Sequence[Matrix]] = {}
     for weight in parameters.quantized:
         mine = {kind: tensors[name] for kind, name in weight.tensors.items()}
-        each = [mine]
-        if weight.experts:
-            count = len(next(iter(mine.values())))
-            each = [{kind: t[i] for kind, t in mine.items()} for i in range(count)]
-        matrices[weight.name] = [_matrix(weight, held) for held in each]
+        matrices[weight.name] = Experts(weight, mine) if weight.experts else [_matrix(weight, mine)]
     return Weights(tensors=tensors, matrices=matrices)
+
+
+class Experts(Sequence[Matrix]):
+    """The matrices of experts, of which each is put together when it is used: they are many."""
+
+    def __init__(self, weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> None:
+        self._weight = weight
+        self._tensors = tensors
+        # So that a scheme that is not executed is refused at once.
+        self._expert(0)
+
+    def __len__(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    @overload
+    def __getitem__(self, index: int) -> Matrix: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Matrix]: ...
+
+    def __getitem__(self, index: int | slice) -> Matrix | Sequence[Matrix]:
+        if isinstance(index, slice):
+            return [self._expert(i) for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._expert(index)
+
+    def _expert(self, index: int) -> Matrix:
+        return _matrix(self._weight, {kind: t[index] for kind, t in self._tensors.items()})
 
 
 class DecodedMatrix:
@@ -52,23 +77,43 @@ class DecodedMatrix:
     def __init__(
         self,
         codec: Codec,
-        pieces: "Sequence[Piece]",
+        weight: QuantizedWeight,
+        tensors: Mapping[str, Tensor],
         rounded: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.codec = codec
-        self.pieces = pieces
+        self.weight = weight
+        self.tensors = tensors
         self.rounded = rounded
-        self.rows = sum(piece.count for piece in pieces)
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """[tokens, inputs] -> [tokens, outputs]."""
         if self.rounded is not None:
             x = self.rounded(x)
-        out = torch.empty(len(x), self.rows, dtype=x.dtype, device=x.device)
-        for piece in self.pieces:
-            weight = self.codec.decode(piece.stored).to(x.dtype)
-            out[:, piece.first : piece.first + piece.count] = F.linear(x, weight)
+        rows = sum(self.weight.part_rows)
+        out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+        for first, count, stored in self._pieces():
+            weight = self.codec.decode(stored).to(x.dtype)
+            out[:, first : first + count] = F.linear(x, weight)
         return out if bias is None else out.add_(bias)
+
+    def _pieces(self) -> Iterator[tuple[int, int, Stored]]:
+        """First row, count, and what stands for some rows, which never are of two parts."""
+        forms, part_rows, step = self.weight.forms, self.weight.part_rows, self.codec.row_step
+        step *= max(DECODED_ELEMENTS // (self.weight.columns * step), 1)
+        first = 0
+        for part, rows in enumerate(part_rows):
+            for row in range(0, rows, step):
+                count = min(step, rows - row)
+                yield (
+                    first + row,
+                    count,
+                    {
+                        kind: _some(forms[kind], tensor, part_rows, part, row, count)
+                        for kind, tensor in self.tensors.items()
+                    },
+                )
+            first += rows
 
 
 class Int8Matrix:
@@ -86,15 +131,6 @@ class Int8Matrix:
             product = torch._int_mm(values, self.weight.T).float()
             out[first : first + ROUNDED_TOKENS] = product.mul_(scales).mul_(self.scale)
         return out if bias is None else out.add_(bias)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What stands for rows `first : first + count`: views."""
-
-    first: int
-    count: int
-    stored: Stored
 
 
 def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMatrix | Int8Matrix:
@@ -122,9 +158,8 @@ def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMa
             static=None if static is None else static.max(),
             overall=None if overall is None else overall.max(),
         )
-    tensors = {kind: tensor for kind, tensor in tensors.items() if kind in values}
-    step = max(DECODED_ELEMENTS // (weight.columns * codec.row_step), 1) * codec.row_step
-    return DecodedMatrix(codec, list(_pieces(weight, tensors, step)), rounded)
+    held = {kind: tensor for kind, tensor in tensors.items() if kind in values}
+    return DecodedMatrix(codec, weight, held, rounded)
 
 
 _BESIDE = ("input_", "weight_shape")
@@ -136,20 +171,6 @@ def _row_scales(weight: QuantizedWeight, scale: Tensor) -> Tensor:
     if weight.forms["weight_scale"].rows:
         return scale.float().flatten()
     return scale.float().flatten().repeat_interleave(torch.tensor(weight.part_rows))
-
-
-def _pieces(weight: QuantizedWeight, tensors: Mapping[str, Tensor], step: int) -> Iterator[Piece]:
-    """At most `step` rows at a time, which never are of two parts."""
-    first = 0
-    for part, rows in enumerate(weight.part_rows):
-        for row in range(0, rows, step):
-            count = min(step, rows - row)
-            stored = {
-                kind: _some(weight.forms[kind], tensor, weight.part_rows, part, row, count)
-                for kind, tensor in tensors.items()
-            }
-            yield Piece(first + row, count, stored)
-        first += rows
 
 
 def _some(

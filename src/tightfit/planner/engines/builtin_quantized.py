@@ -12,7 +12,7 @@ from tightfit.model.quantization.forms import Forms
 from tightfit.model.quantization.recipe import Inputs, Recipe
 from tightfit.model.spec import ModelSpec
 
-DECODED_ELEMENTS = 2**20
+DECODED_ELEMENTS = 2**18
 """Elements of a quantized matrix that are decoded at once, unless one row alone has more."""
 ROUNDED_TOKENS = 128
 """Tokens whose inputs are rounded, or multiplied as integers, at once."""
