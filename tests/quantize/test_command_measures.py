@@ -1,0 +1,123 @@
+"""What `quantize` does with texts: calibrate, evaluate, rank, spend a budget."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from support.seeded_models import LLAMA, write_seeded_model
+from support.work import digests
+from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.cli import quantize_steps as steps
+from tightfit.cli.main import build
+
+TEXT = " ".join(f"w{(7 * i * i + 3 * i) % 251}" for i in range(800))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = write_seeded_model(LLAMA, tmp_path_factory.mktemp("llama") / "model")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(259)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def call(*arguments: str | Path) -> int:
+    words = [str(one) for one in arguments]
+    with pytest.raises(SystemExit) as end:
+        build(words)(words)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_calibrated(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    options = ("--scheme", "w4a16", "--group-size", "64", "--method", "gptq")
+    options += ("--calibration", str(text), "--calibration-samples", "4")
+    options += ("--calibration-length", "32")
+    assert call("quantize", model, tmp_path / "whole", *options) == 0
+    assert call("quantize", model, tmp_path / "rtn", *options[:4]) == 0
+    weights = {name: digests(tmp_path / name)["model.safetensors"] for name in ("whole", "rtn")}
+    assert weights["whole"] != weights["rtn"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "text.txt", "whole"]
+    for path in (tmp_path / "whole").iterdir():
+        assert b"w3 w" not in path.read_bytes()
+
+    def stop(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "write", stop)
+        assert call("quantize", model, out, *options) == 130
+    kept = tmp_path / "out.calibration"
+    assert f"{kept} has the layers that are calibrated; --resume" in capsys.readouterr().err
+    assert kept.is_dir()
+    assert call("quantize", model, out, *options, "--resume") == 0
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not kept.exists()
+    capsys.readouterr()
+    monkeypatch.setattr(steps, "calibrate", stop)
+    assert call("quantize", model, out, *options, "--resume") == 0
+    assert "holds all of it already, as its checksums prove" in capsys.readouterr().out
+    assert call("quantize", model, out, *options) == 2
+    assert call("quantize", model, out, *options, "--seed", "1", "--resume") == 2
+    assert "its calibration is" in capsys.readouterr().err
+    assert call("verify", out) == 0
+    assert call("verify", out, "--against", model) == 2
+    assert "was calibrated (gptq), and cannot be made again" in capsys.readouterr().err
+
+
+def test_measured(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "report.html"
+    options = ("--scheme", "fp8-channel", "--evaluate", text, "--sensitivity", "--report", page)
+    assert call("quantize", model, out, *options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    before, after = (found["perplexity"][when]["value"] for when in ("before", "after"))
+    assert before == pytest.approx(after, rel=0.05)
+    assert before != after
+    assert len(found["sensitivity"]["layers"]) == 3
+    assert len(found["quality"]["matrices"]) == 21
+    assert page.read_text().startswith("<!doctype html>")
+    # The same, and nothing is written.
+    assert call("quantize", model, tmp_path / "no", *options, "--json", "--dry-run") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {**again, "output": found["output"], "written": True} == found
+    assert not (tmp_path / "no").exists()
+    missing = ("--scheme", "int8", "--evaluate", tmp_path / "missing.txt")
+    assert call("quantize", model, tmp_path / "no", *missing) == 2
+    assert "cannot read the text" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_budget(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = sum(info.nbytes for info in open_checkpoint(str(model)).tensors().values())
+    size = f"{whole * 6 // 10}B"
+    assert call("quantize", model, tmp_path / "out", "--budget", size, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sizes"]["total"]["after_bytes"] <= whole * 6 // 10
+    assert found["budget"]["total_bytes"] == found["sizes"]["total"]["after_bytes"]
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(found["recipe"]))
+    assert call("quantize", model, tmp_path / "again", "--recipe", recipe, "-q") == 0
+    assert digests(tmp_path / "again") == digests(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert call("quantize", model, tmp_path / "out", "--budget", "100KiB") == 2
+    assert not (tmp_path / "out").exists()
