@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from support.qualities import quality, recipe
 from support.reports import EVIL, Planned, planned, sweep_plans, with_advice, written
 from tightfit.cli.report import browser, write_report
 from tightfit.cli.report.browser import Chromium
+from tightfit.cli.report.quality import write_quality_report
 from tightfit.planner.devices import Device
+from tightfit.quantize.sensitivity import weight_sensitivity
 from tightfit.units import GiB
 
 pytestmark = [
@@ -18,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(browser.find() is None, reason="no Chromium or Chrome was found"),
 ]
 
-PAGES = ("one", "refused", "ranks", "sweep", "evil")
+PLANS = ("one", "refused", "ranks", "sweep", "evil")
+PAGES = (*PLANS, "quality", "evil quality")
 WIDE = {"width": 1100, "height": 800}
 PHONE = {"width": 360, "height": 740}
 
@@ -44,8 +48,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "sweep": sweep_plans(),
         "evil": [(evil, None)],
     }
-    for name in PAGES:
+    for name in PLANS:
         written(root / f"{name}.html", plans[name])
+    for name, model in (("quality", "model"), ("evil quality", EVIL)):
+        found = quality(layers=80, name=model)
+        write_quality_report(
+            root / f"{name}.html",
+            found.to_json(),
+            sensitivity=weight_sensitivity(found).to_json(),
+            budget=recipe(model).to_json(),
+        )
     return {name: (root / f"{name}.html").as_uri() for name in PAGES}
 
 

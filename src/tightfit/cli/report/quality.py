@@ -305,7 +305,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> Markup:
         )
         for row in rows
     ]
-    return element("table", element("thead", head), element("tbody", *body), class_="plain sweep")
+    return element(
+        "table", element("thead", head), element("tbody", *body), class_="plain sweep figures"
+    )
 
 
 _WORDS = ("", "scheme", "worst outputs")
