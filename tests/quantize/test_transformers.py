@@ -3,18 +3,16 @@
 It has no path without further packages for GPTQ's and AWQ's files on CPUs.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.make_quantized_data import EXPERTS, LLAMA
-from support.quantizing import CHOICES, COMPRESSED, Quantized, quantize
+from support.quantizing import CHOICES, COMPRESSED, quantize, write_meant
 from support.seeded_models import write_seeded_model
 from tightfit.model.quantization.written import Choice
 from tightfit.quantize.codecs import codec
@@ -55,20 +53,6 @@ TOKENS = torch.tensor([[1, 5, 9, 33, 77, 200, 100, 300, 4, 8, 15, 16, 23, 42]])
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("plain")
     return {name: write_seeded_model(config, root / name) for name, config in MODELS.items()}
-
-
-def dequantized(quantized: Quantized, choice: Choice, directory: Path) -> Path:
-    """A plain checkpoint of what the quantized one means."""
-    coder = codec(choice, torch.bfloat16)
-    tensors = {
-        f"{module}.weight": coder.decode(stored).to(torch.bfloat16).contiguous()
-        for module, stored in quantized.modules.items()
-    }
-    directory.mkdir()
-    save_file({**quantized.others, **tensors}, directory / "model.safetensors")
-    config = {k: value for k, value in quantized.config.items() if k != "quantization_config"}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
 
 
 def load(directory: Path, **options: Any) -> nn.Module:
@@ -115,7 +99,7 @@ def test_same_as_dequantized(
 ) -> None:
     choice = CHOICES[label]
     quantized = quantize(plain[model], tmp_path / "quantized", choice)
-    reference = load(dequantized(quantized, choice, tmp_path / "dequantized"))
+    reference = load(write_meant(quantized, choice, tmp_path / "meant"))
     exact = logits(reference)
     found = load(quantized.directory)
     answer = logits(found)
@@ -140,6 +124,6 @@ def test_dequantized_while_loading(
 
     choice = CHOICES[label]
     quantized = quantize(plain[model], tmp_path / "quantized", choice)
-    reference = load(dequantized(quantized, choice, tmp_path / "dequantized"))
+    reference = load(write_meant(quantized, choice, tmp_path / "meant"))
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     assert torch.equal(logits(load(quantized.directory, **options)), logits(reference))

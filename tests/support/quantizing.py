@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tightfit.cli.main import build
 from tightfit.model.quantization.written import COMPRESSED_TENSORS, Choice
+from tightfit.quantize.codecs import codec
 
 CHOICES: Mapping[str, Choice] = {
     **{
@@ -53,14 +55,38 @@ class Quantized:
 
 
 def quantize(model: Path, out: Path, choice: Choice, *more: str) -> Quantized:
-    """Run the command in this process: torch is here already."""
+    """Run the command with a scheme for everything."""
     size = () if choice.group_size is None else ("--group-size", str(choice.group_size))
-    options = ("--scheme", choice.scheme, "--format", choice.format, *size, "--quiet", *more)
+    return run_quantize(
+        model, out, "--scheme", choice.scheme, "--format", choice.format, *size, *more
+    )
+
+
+def run_quantize(model: Path, out: Path, *options: str) -> Quantized:
+    """Run the command in this process: torch is here already."""
     failed = build(["quantize"])(
-        ["quantize", str(model), str(out), *options], standalone_mode=False
+        ["quantize", str(model), str(out), "--quiet", *options], standalone_mode=False
     )
     assert not failed
     return read_quantized(out)
+
+
+def write_meant(quantized: Quantized, choice: Choice, directory: Path) -> Path:
+    """A plain checkpoint of bfloat16 of what a quantized one means."""
+    coder = codec(choice, torch.bfloat16)
+    tensors = {
+        f"{module}.weight": coder.decode(stored).to(torch.bfloat16).contiguous()
+        for module, stored in quantized.modules.items()
+    }
+    directory.mkdir()
+    save_file(
+        {**quantized.others, **tensors},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = {k: value for k, value in quantized.config.items() if k != "quantization_config"}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def read_quantized(directory: Path) -> Quantized:
