@@ -364,3 +364,31 @@ def test_a_manifest_that_is_damaged(text: str, llama: Path, tmp_path: Path) -> N
         verify(LocalSource(out), NoProgress(), None)
     with pytest.raises(VerificationError, match="is damaged or of another version"):
         write(files_of(llama), out, NoProgress(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["fp8-tensor", "fp8-block", "int8", "w8a16", "w4a16", "w4a16-asym", "nvfp4a16", "mxfp8"],
+)
+def test_the_ends_of_float16(scheme: str, tmp_path: Path) -> None:
+    from tightfit.quantize.dequantize import open_dequantized
+
+    model = write_seeded_model({**LLAMA, "torch_dtype": "float16"}, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layers.0" in name and tensor.dim() > 1:
+            tensor.mul_(1e-6)
+        if "layers.1" in name and tensor.dim() > 1:
+            tensor[::3] = 65504.0
+            tensor[1::3] = -65504.0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    asked = wish(scheme, 64 if scheme.startswith("w") else None)
+    write(files_of(model, asked), tmp_path / "out", NoProgress())
+    back = open_dequantized(open_checkpoint(str(tmp_path / "out")))
+    for name, info in back.tensors().items():
+        data = back.source.read(info.file, info.offset, info.offset + info.nbytes)
+        found = torch.frombuffer(bytearray(data), dtype=torch.float16).view(info.shape)
+        assert found.isfinite().all(), name
+        if "layers.1" in name and found.dim() > 1:
+            huge = tensors[name].abs() == 65504
+            torch.testing.assert_close(found[huge], tensors[name][huge], rtol=0.08, atol=0)
