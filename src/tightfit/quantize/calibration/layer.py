@@ -146,7 +146,7 @@ class LayerCalibration:
                     _codec(matrices[0]), weights, inputs, rounded, fold.alike
                 )
                 self._apply(fold, scales, inputs)
-        self._nearest(self.groups, search=True)
+        self._nearest(self.groups, search=False)
         self._store_changed()
 
     def _nearest(self, groups: Iterable[tuple[Matrix, ...]], *, search: bool) -> None:
