@@ -14,6 +14,7 @@ need not be. Its memory follows the largest file, so files are small here: a qua
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy
 from bench_shard import ROOT, config, set_cache, write_model
-from measure import RESULTS, record, run, with_bytecode
+from measure import RESULTS, observe, record, with_bytecode
 
 OURS, THEIRS, FLOOR = "tightfit", "llm-compressor", "read and write"
 GROUPED = ("w4a16", "w4a16-asym", "w8a16")
@@ -64,32 +65,45 @@ def measure(
     """Seconds and bytes of one run, and how much it wrote."""
     os.sync()
     start = time.perf_counter()
-    done = run(command, environment)
+    done = observe(command, environment, timeout=3600)
     wall = time.perf_counter() - start
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     written = sum(path.stat().st_size for path in out.iterdir())
     shutil.rmtree(out)
     found = {"cpu_seconds": done.cpu_seconds, "peak_rss_mib": done.peak_rss_bytes / 2**20}
     return found | {"wall_seconds": wall}, written
 
 
+Runs = dict[str, list[dict[str, float]]]
+
+
+def start_ups(tiny: Path, scheme: str, peer: Path, rounds: int, environment: Any) -> Runs:
+    """What both cost for a model of next to nothing; the first run of each compiles modules."""
+    out, runs = tiny.parent / "out", Runs()
+    for number in range(rounds + 1):
+        for name, command in (
+            (OURS, ours(tiny, out, scheme)),
+            (THEIRS, theirs(peer, tiny, out, scheme)),
+        ):
+            found, _ = measure(command, out, environment)
+            if number:
+                runs.setdefault(f"{name} start-up", []).append(found)
+    return runs
+
+
 def compare(
-    source: Path, tiny: Path, scheme: str, peer: Path, rounds: int, environment: Mapping[str, str]
+    source: Path, scheme: str, peer: Path, rounds: int, begun: Runs, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     out = source.parent / "out"
     commands = {
-        f"{OURS} start-up": ours(tiny, out, scheme),
-        f"{THEIRS} start-up": theirs(peer, tiny, out, scheme),
         OURS: ours(source, out, scheme),
         THEIRS: theirs(peer, source, out, scheme),
     }
-    for name in list(commands)[:2]:
-        # Compiles modules, which an installation does once.
-        measure(commands[name], out, environment)
-    runs: dict[str, list[dict[str, float]]] = {}
+    runs = Runs(begun)
     written = 0
     for number in range(rounds):
-        order = [*commands][number % 4 :] + [*commands][: number % 4]
-        for name in order:
+        for name in sorted(commands, reverse=bool(number % 2)):
             set_cache(source, warm=True)
             found, nbytes = measure(commands[name], out, environment)
             written = nbytes if name == OURS else written
@@ -98,7 +112,7 @@ def compare(
         set_cache(source, warm=True)
         found, _ = measure(floor(source, out, written), out, environment)
         runs.setdefault(FLOOR, []).append(found)
-    return {"written_bytes": written, **summary(runs)}
+    return {"rounds": rounds, "written_bytes": written, **summary(runs)}
 
 
 def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -132,8 +146,7 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
 
 def table(result: Mapping[str, Any]) -> str:
     lines = [
-        "Medians (lowest .. highest) of "
-        f"{result['rounds']} rounds, {result['cores']} cores; net CPU is without start-up.",
+        f"Medians (lowest .. highest), {result['cores']} cores; net CPU is without start-up.",
         "",
     ]
     for size, schemes in result["models"].items():
@@ -183,7 +196,11 @@ def main() -> None:
     parser.add_argument("--directory", help="on the disk to measure; the default is for temporary")
     parser.add_argument("--record", action="store_true", help="write the result to results/")
     options = parser.parse_args()
-    result: dict[str, Any] = {"rounds": options.rounds, "cores": os.cpu_count(), "models": {}}
+    result: dict[str, Any] = {"cores": os.cpu_count(), "models": {}}
+    kept = RESULTS / "quantize_cost.json"
+    if options.record and kept.exists():
+        # Sizes can be measured one by one.
+        result["models"] = json.loads(kept.read_text())["models"]
     with tempfile.TemporaryDirectory(dir=options.directory) as place:
         work = Path(place)
         environment = with_bytecode(os.environ, work / "bytecode")
@@ -192,6 +209,9 @@ def main() -> None:
         write_model(
             work / "tiny", config(256, 1, 512) | {"num_key_value_heads": 2}, content=content
         )
+        begun = start_ups(
+            work / "tiny", options.schemes[0], options.peer, options.rounds, environment
+        )
         for layers in options.layers:
             source, document = work / "model", config(2048, layers, 32_000)
             file_bytes = (2 * 131e6 + layers * 113e6) / 4
@@ -199,16 +219,14 @@ def main() -> None:
             files = len([*source.glob("*.safetensors")])
             size = f"{nbytes / 1e9:.1f} GB in {files} files"
             result["models"][size] = {
-                scheme: compare(
-                    source, work / "tiny", scheme, options.peer, options.rounds, environment
-                )
+                scheme: compare(source, scheme, options.peer, options.rounds, begun, environment)
                 for scheme in options.schemes
             }
             shutil.rmtree(source)
+            if options.record:
+                record("quantize_cost", result)
+                (RESULTS / "quantize_cost.md").write_text(table(result))
     print(table(result), end="")
-    if options.record:
-        record("quantize_cost", result)
-        (RESULTS / "quantize_cost.md").write_text(table(result))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ compressed-tensors). PYTHON is that of an environment with llm-compressor. The t
 docstrings of the standard library, as `train_small.py --prepare` writes them.
 
 A difference is that of the mean loss, in percent of perplexity, with the standard error of the mean
-over the windows, which both are judged on. Any disturbance moves the loss up or down; how far the
-predictions are from the original's (the mean Kullback-Leibler divergence) only grows with it, and
-tells methods apart with less text. What was judged is kept in `--work` and not computed again,
-except with `--again`.
+over the windows, which both are judged on. It does not know that rounding is a matter of luck, the
+same in all windows: any disturbance of the weights moves the loss up or down. How far predictions
+are from the original's (the mean Kullback-Leibler divergence) only grows with it, so that tells
+methods apart. What was judged is kept in `--work` and not computed again, except with `--again`.
 """
 
 import argparse
@@ -258,8 +258,10 @@ def write(models: Mapping[str, Any]) -> None:
         "program. Test text: `pydoc_data.topics`; calibration text: docstrings of the standard",
         "library. Differences are of perplexity in percent, and of the mean divergence from the",
         "unquantized model's predictions in nats, ± the standard error over windows; negative:",
-        f"{OURS} is better. `small` was trained by `train_small.py`, and never quantized; the",
-        "others come from 4-bit files, so they show correctness more than ranking.",
+        f"{OURS} is better. Perplexity moves up or down with the luck of rounding, by a percent",
+        "where nothing else differs; the divergence tells methods apart. `small` was trained by",
+        "`train_small.py` and never quantized; others come from 4-bit files, and show correctness",
+        "more than ranking.",
         "",
     ]
     tables = "\n\n".join(table(name, found) for name, found in models.items())
