@@ -106,8 +106,8 @@ def fit_budget(
         ignored: patterns of modules that stay as they are.
         tensor_parallel_size: at which every scheme has to divide what it gets.
         search: look for scales with the least error, as `--method mse` does.
-        calibration: text that shows which inputs are large, and how much what the attention and
-            the MLP of each layer give out suffers; without it all count alike.
+        calibration: text that shows how much what the attention and the MLP of each layer give
+            out suffers; without it all matrices count alike.
         progress: told of the source bytes.
 
     Raises:
@@ -145,15 +145,14 @@ def fit_budget(
     observed = (
         None if calibration is None else _observed(checkpoint, spec, sized, calibration, progress)
     )
-    energies = None if observed is None else observed.energies
     groups = []
     if progress is not None:
         progress.phase("measuring", total - kept_bytes)
     for group in sized:
-        groups.append(measured(group, checkpoint.source, search=search, energies=energies))
+        groups.append(measured(group, checkpoint.source, search=search))
         if progress is not None:
             progress.advance(group.held_bytes)
-    weights = [1.0] * len(groups) if observed is None else _weights(groups, observed.places)
+    weights = _weights(groups, {} if observed is None else observed.places)
     chosen = allocate(groups, budget_bytes - kept_bytes, weights)
     choices = [(group, option.choice) for group, option in zip(groups, chosen, strict=True)]
     return FittedRecipe(
@@ -240,15 +239,16 @@ def _observed(
 
 
 def _weights(groups: Sequence[Group], places: Mapping[Where, float]) -> list[float]:
-    """How much damage counts: as its sum in each place is to what was observed there.
+    """How much the damage of each group counts.
 
-    In both cases of the smallest options.
+    In a place that was observed as its sum there is to what was observed, both with the smallest
+    options. Elsewhere the mean damage of each group counts alike, whatever its size.
     """
     sums: dict[Where, float] = {}
     for group in groups:
         sums[group.where] = sums.get(group.where, 0.0) + group.options[0].damage
     found = {where: places[where] / one for where, one in sums.items() if one and where in places}
-    return [found.get(group.where, 1.0) for group in groups]
+    return [found.get(group.where, 1 / group.parameters) for group in groups]
 
 
 def _rules(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,17 +31,14 @@ from tightfit.quantize.places import Where, places
 from tightfit.runtime.files import TORCH_DTYPES
 from tightfit.units import dtype_bytes
 
-Energies = Mapping[str, Tensor]
-"""By module the mean square of each of its inputs, float32 `[inputs]`."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """What a scheme makes of a group; without a choice it stays as it is.
 
-    `squared_error` is ||W-Q||^2 of its matrices together. `damage` sums up, over them, the share
-    of error in what each gives out, ||dW x||^2 / ||W x||^2, times its parameters: inputs `x` are
-    independent of each other, and alike if nothing is known of them.
+    `squared_error` is ||W-Q||^2 of its matrices together. `damage` sums up ||W-Q||^2 / ||W||^2,
+    which is the share of noise in what a matrix gives out for inputs that are alike, times the
+    parameters of the matrix.
     """
 
     choice: Choice | None
@@ -171,16 +167,13 @@ class _Plan:
         return tuple(found.values())
 
 
-def measured(
-    group: SizedGroup, source: Source, *, search: bool = False, energies: Energies | None = None
-) -> Group:
+def measured(group: SizedGroup, source: Source, *, search: bool = False) -> Group:
     """Read a group once, and find the errors of everything that may become of it.
 
     Args:
         group: of a checkpoint.
         source: its files.
         search: look for scales with the least error.
-        energies: of inputs, where they are known.
 
     Raises:
         CheckpointError: weights that are truncated or not finite.
@@ -193,13 +186,11 @@ def measured(
     errors: dict[Choice | None, float] = dict.fromkeys((None, *coders), 0.0)
     damages = dict(errors)
     for matrix in some:
-        energy = (energies or {}).get(matrix.module)
-        found = _errors(matrix, source, coders, amax.get(matrix.fused), search, energy)
-        (one, seen), parameters = found.norm, matrix.rows * matrix.columns
+        one, found = _errors(matrix, source, coders, amax.get(matrix.fused), search)
         norm += one
-        for choice, (error, seen_error) in found.errors.items():
+        for choice, error in found.items():
             errors[choice] += error
-            damages[choice] += parameters * seen_error / seen if seen else 0.0
+            damages[choice] += matrix.rows * matrix.columns * error / one if one else 0.0
     options = [
         Option(
             choice=choice,
@@ -219,32 +210,25 @@ def measured(
     )
 
 
-class _Errors(NamedTuple):
-    """||W||^2, and ||dW||^2 of every choice; each of them also as the inputs see it."""
-
-    norm: tuple[float, float]
-    errors: dict[Choice, tuple[float, float]]
-
-
 def _errors(
     matrix: Matrix,
     source: Source,
     coders: Mapping[Choice, Codec],
     amax: Tensor | None,
     search: bool,
-    energy: Tensor | None,
-) -> _Errors:
+) -> tuple[float, dict[Choice, float]]:
+    """||W||^2, and ||W-Q||^2 of every choice."""
     step = max(coder.row_step for coder in coders.values())
-    norms: list[tuple[float, float]] = []
-    errors: dict[Choice, list[tuple[float, float]]] = {choice: [] for choice in coders}
+    norms: list[float] = []
+    errors: dict[Choice, list[float]] = {choice: [] for choice in coders}
     for rows in rows_of(matrix, source, step):
         check_finite(rows, matrix)
-        norms.append(_squares(rows, energy))
+        norms.append(_squares(rows))
         for choice, coder in coders.items():
             scales = coder.scales(rows, amax, search=search)
             values = coder.values(coder.codes(rows.clone(), scales), scales)
-            errors[choice].append(_squares(values.sub_(rows), energy))
-    return _Errors(_summed(norms), {choice: _summed(some) for choice, some in errors.items()})
+            errors[choice].append(_squares(values.sub_(rows)))
+    return math.fsum(norms), {choice: math.fsum(some) for choice, some in errors.items()}
 
 
 def _amax(some: Sequence[Matrix], source: Source) -> dict[str, Tensor]:
@@ -257,15 +241,8 @@ def _amax(some: Sequence[Matrix], source: Source) -> dict[str, Tensor]:
     return found
 
 
-def _squares(values: Tensor, energy: Tensor | None) -> tuple[float, float]:
-    """The sum of the squares, and that of them times the energy of each column."""
-    columns = values.square().sum(dim=0, dtype=torch.float64)
-    total = float(columns.sum())
-    return total, total if energy is None else float(columns @ energy.double())
-
-
-def _summed(some: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return math.fsum(one for one, _ in some), math.fsum(other for _, other in some)
+def _squares(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def _module(weight: Weight) -> str:

@@ -1,11 +1,11 @@
-"""What quantizing one layer does to what it gives out, and what its linear layers see.
+"""What quantizing one layer does to what it gives out.
 
 The calibration text goes through the original layers, one by one. Beside each of them the same
 layer of the quantized checkpoint gets the same inputs, whole and with only its attention or only
 its MLP quantized. Nothing is quantized below, so that every layer is judged alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +28,11 @@ _AT_ONCE = 2**12
 class Observed:
     """Squared errors of what layers give out, relative to the square of that.
 
-    `layers` are for the whole layer quantized, `places` for one kind of modules in it. `energies`
-    are the mean squares of the inputs of every linear layer, float32 `[inputs]` by module.
+    `layers` are for the whole layer quantized, `places` for one kind of modules in it.
     """
 
     layers: Mapping[int, float]
     places: Mapping[Where, float]
-    energies: Mapping[str, Tensor]
 
 
 @torch.no_grad()
@@ -70,15 +68,10 @@ def observe(
         some.copy_(model.embed(ids))
     layers: dict[int, float] = {}
     places: dict[Where, float] = {}
-    energies: dict[str, Tensor] = {}
     for index in range(model.num_layers):
         one, other = model.layer(index), quantized.layer(index)
-        inputs = _Inputs()
-        one.watch(inputs)
         for before, out in zip(hidden.split(rows), after.split(rows), strict=True):
             out.copy_(one(before))
-        one.watch(None)
-        energies |= inputs.means()
         layers[index] = _error(other, hidden, after, rows)
         kinds = layer_kinds(job.spec, index)
         rest = next((kind for kind in kinds.values() if kind != ATTENTION), None)
@@ -90,27 +83,7 @@ def observe(
         hidden, after = after, hidden
         if progress is not None:
             progress.advance(sizes[index])
-    return Observed(layers=layers, places=places, energies=energies)
-
-
-class _Inputs:
-    """Sums of the squares of what linear layers see."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    def __call__(self, modules: tuple[str, ...], x: Tensor) -> None:
-        squares = x.square().sum(dim=0, dtype=torch.float64)
-        for module in modules:
-            self._sums[module] = self._sums.get(module, 0) + squares
-            self._counts[module] = self._counts.get(module, 0) + len(x)
-
-    def means(self) -> Iterator[tuple[str, Tensor]]:
-        """Of every module that saw something."""
-        for module, total in self._sums.items():
-            if count := self._counts[module]:
-                yield module, (total / count).float()
+    return Observed(layers=layers, places=places)
 
 
 def _error(layer: LoadedLayer, hidden: Tensor, expected: Tensor, rows: int) -> float:
