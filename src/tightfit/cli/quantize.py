@@ -92,6 +92,14 @@ def quantize(
         int, typer.Option(help="Tokens of each.", rich_help_panel=_CALIBRATION)
     ] = 512,
     seed: Annotated[int, typer.Option(help="Which ones.", rich_help_panel=_CALIBRATION)] = 0,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(request.BACKENDS),
+            help="Who computes gptq; optimum holds the whole model in memory.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = "own",
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
     ] = "5GB",
@@ -175,7 +183,7 @@ def quantize(
             f"--executor {executor} writes to a shared directory, and not to {out}",
             hint="leave out --executor",
         )
-    request.check_method(method)
+    request.check_method(method, backend)
     request.require_packages()
     if report is not None:
         from tightfit.cli.report.quality import check_suffix
@@ -204,6 +212,7 @@ def quantize(
     asked = Asked(
         out=out,
         method=method,
+        backend=backend,
         for_tp=for_tp,
         max_shard_bytes=size,
         resume=resume,

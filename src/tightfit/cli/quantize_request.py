@@ -12,6 +12,9 @@ from tightfit.quantize.recipe_file import KV_CACHE, METHODS, read_recipe, wish_o
 if TYPE_CHECKING:
     from tightfit.quantize.calibration import CalibrationOptions
 
+BACKENDS = ("own", "optimum")
+"""Who computes GPTQ."""
+
 
 def require_packages() -> None:
     """Say what to install if a package is missing.
@@ -24,12 +27,18 @@ def require_packages() -> None:
             raise MissingExtraError("quantize", "quantize", package)
 
 
-def check_method(method: str) -> None:
+def check_method(method: str, backend: str) -> None:
     """Refuse unknown names.
 
     Raises:
-        UsageError: there is no such method.
+        UsageError: there is no such method, or no such backend of it.
     """
+    if backend not in BACKENDS:
+        raise UsageError(f"there is no backend {backend!r}", hint="--backend " + "|".join(BACKENDS))
+    if backend != "own" and method != "gptq":
+        raise UsageError(
+            f"the backend {backend} does not have the method {method}", hint="--method gptq"
+        )
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", hint="--method " + "|".join(METHODS))
 
@@ -126,7 +135,7 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def fingerprint(options: "CalibrationOptions") -> dict[str, Any]:
+def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
     """What values depend on beside the weights, without a word of the text."""
     import xxhash
 
@@ -138,6 +147,7 @@ def fingerprint(options: "CalibrationOptions") -> dict[str, Any]:
                 digest.update(data)
         digests.append(digest.hexdigest())
     return {
+        "backend": backend,
         "samples": options.samples,
         "length": options.length,
         "seed": options.seed,

@@ -20,6 +20,7 @@ from tightfit.executors import Executor
 from tightfit.model.quantization.written import Wish
 from tightfit.quantize.admission import lost_sizes
 from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed
+from tightfit.quantize.computed_source import Kept
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.write import WriteJob, is_there, write, write_job
 
@@ -36,6 +37,7 @@ class Asked:
 
     out: str
     method: str
+    backend: str
     for_tp: int | None
     max_shard_bytes: int
     resume: bool
@@ -109,26 +111,25 @@ def carry_out(
     job = prepare(checkpoint, wish, method=asked.method, tensor_parallel_size=size)
     for remark in _remarks(job, asked):
         warn(remark)
-    known = {} if options is None else fingerprint(options)
-    calibrated = options is not None and is_needed(wish, asked.method)
+    calibrated = options if is_needed(wish, asked.method) else None
     measured = asked.evaluate is not None or asked.report is not None or asked.sensitivity
-    if asked.dry_run and calibrated and measured:
+    if asked.dry_run and calibrated is not None and measured:
         raise UsageError(
             "nothing is calibrated in a dry run, so there is nothing to measure",
             hint="leave out --dry-run, or --evaluate, --report and --sensitivity",
         )
     text = None if asked.evaluate is None else read_text(asked.evaluate)
+    known = {} if calibrated is None else fingerprint(calibrated, asked.backend)
     files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
     written, fresh = None, not asked.dry_run
     if not asked.dry_run:
-        if not calibrated:
+        if calibrated is None:
             fresh = _write(files, asked, executor, bars)
         elif is_there(files, asked.out, bars, resume=asked.resume):
             fresh = False
         else:
-            assert options is not None
             with _calibration_directory(asked.out) as directory:
-                given = calibrate(job, options, directory, bars, resume=asked.resume, warn=warn)
+                given = _given(job, calibrated, directory, asked, bars)
                 job = prepare(
                     checkpoint, wish, method=asked.method, tensor_parallel_size=size, given=given
                 )
@@ -166,6 +167,21 @@ def carry_out(
 
 def _write(files: WriteJob, asked: Asked, executor: Executor | None, bars: NoProgress) -> bool:
     return write(files, asked.out, bars, resume=asked.resume, executor=executor, notice=note)
+
+
+def _given(
+    job: QuantizeJob,
+    options: CalibrationOptions,
+    directory: Path,
+    asked: Asked,
+    bars: NoProgress,
+) -> dict[str, Kept]:
+    """The tensors that calibration makes."""
+    if asked.backend == "own":
+        return calibrate(job, options, directory, bars, resume=asked.resume, warn=warn)
+    from tightfit.quantize.calibration.optimum_backend import calibrate_by_optimum
+
+    return calibrate_by_optimum(job, options, directory, warn=warn)
 
 
 @contextmanager
