@@ -17,11 +17,17 @@ from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.families import model_spec
-from tightfit.model.layout import Parallel
+from tightfit.model.layout import Parallel, Rank
+from tightfit.model.parameters import plain_parameters
+from tightfit.planner.engines.builtin_quantized import repacked_bytes
 from tightfit.planner.weights import weights_component
 from tightfit.quantize.dequantize import open_dequantized
 from tightfit.runtime.launch import launch_ranks
+from tightfit.runtime.layers import Weights
 from tightfit.runtime.layerwise import LayerwiseModel, OnInput
+from tightfit.runtime.loader import load_checkpoint
+from tightfit.runtime.parameters import rank_parameters
+from tightfit.runtime.quantized import DecodedMatrix, Int4Matrix, rank_weights
 
 TESTS = Path(__file__).parents[1]
 # Blocks of 128 divide every part of every matrix, also on each of two ranks.
@@ -178,11 +184,49 @@ def test_two_ranks_from_plain_checkpoints_and_from_rank_files(
 
 
 def test_sixteen_bits_stay_close(quantized: Callable[[str, str], Path]) -> None:
-    errors = {"w4a16 g32": 0.05, "nvfp4a16": 0.05, "fp8-channel": 0.2, "int8": 0.1}
+    errors = {"nvfp4a16": 0.05, "fp8-channel": 0.2, "int8": 0.1}
     for label, error in errors.items():
         path = quantized("llama", label)
         found = all_logits(open_session(path, dtype="BF16"), PROMPTS[0])
         assert_near(found, expected(path, label), error)
+
+
+INT4 = ("w4a16 g32", "w4a16-asym g64", "w4a16 g128 (gptq)", "w4a16-asym g128 (awq)")
+
+
+def bf16_weights(path: Path, *, repack: bool) -> Weights:
+    checkpoint = open_checkpoint(str(path))
+    spec = model_spec(checkpoint.config)
+    needed = rank_parameters(spec, plain_parameters(spec), Rank(), "BF16")
+    tensors = load_checkpoint(
+        checkpoint,
+        needed.settled(checkpoint.tensors()),
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        dtypes=needed.dtypes,
+    )
+    return rank_weights(needed, tensors, repack=repack)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("label", INT4)
+def test_int4_in_the_order_of_its_kernel(
+    family: str, label: str, quantized: Callable[[str, str], Path]
+) -> None:
+    path = quantized(family, label)
+    packed, decoded = (bf16_weights(path, repack=repack) for repack in (True, False))
+    assert packed.matrices.keys() == decoded.matrices.keys()
+    for name, matrices in packed.matrices.items():
+        for one, other in zip(matrices, decoded.matrices[name], strict=True):
+            assert isinstance(one, Int4Matrix)
+            assert isinstance(other, DecodedMatrix)
+            x = torch.randn(3, other.weight.columns).bfloat16()
+            assert_near(one(x).float(), other(x).float(), 0.01)
+    session = open_session(path, dtype="BF16")
+    assert session.executions == {"by torch's int4 kernel": len(packed.matrices)}
+    spec, rank = model_spec(open_checkpoint(str(path)).config), Rank()
+    planned = weights_component(spec, rank, "BF16").planned_bytes
+    assert session.weights_tensor_bytes == planned + repacked_bytes(spec, rank, 2)
 
 
 def test_prompts_together_and_in_chunks(quantized: Callable[[str, str], Path]) -> None:

@@ -313,12 +313,16 @@ def _document(
         "load_seconds": report.load_seconds,
         "generation_seconds": report.generation_seconds,
         "num_preemptions": report.num_preemptions,
+        "quantized_layers": dict(report.executions),
     }
 
 
 def _summary(report: "RunReport") -> str:
     tokens = sum(len(completion.token_ids) for completion in report.completions)
     loaded = f"ready after {report.load_seconds:.1f} s"
+    if report.executions:
+        how = ", ".join(f"{count} {name}" for name, count in report.executions.items())
+        loaded = f"quantized layers: {how}\n{loaded}"
     if not tokens:
         return loaded
     rate = tokens / max(report.generation_seconds, 1e-9)

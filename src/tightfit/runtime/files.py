@@ -4,6 +4,7 @@ Of files that are not here, memory of the tensors' sizes takes the place of the 
 needed is fetched into it.
 """
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterable
@@ -199,6 +200,16 @@ class FetchedFile:
         """The tensor that a byte belongs to, and its first byte."""
         first = max(offset for offset in self._maps if offset <= at)
         return self._maps[first][0], first
+
+
+def forget(tensor: Tensor) -> None:
+    """Give back the memory of a tensor that nobody will look at again, though its map stays."""
+    start = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
+    stop = tensor.data_ptr() + tensor.nbytes
+    stop -= stop % mmap.PAGESIZE
+    libc = ctypes.CDLL(None)
+    if stop > start and hasattr(mmap, "MADV_DONTNEED") and hasattr(libc, "madvise"):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def _view(memory: mmap.mmap, info: TensorInfo, offset: int) -> Tensor:

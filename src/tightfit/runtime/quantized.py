@@ -1,11 +1,13 @@
 """Linear layers whose weights stay as small in memory as in the checkpoint.
 
-Two kinds: int8 weights and inputs are multiplied as integers; all others are decoded when they are
-used, some rows at a time, so that little of a matrix is ever there in floats. Either way inputs are
-rounded as the scheme says.
+Three kinds: int8 weights and inputs are multiplied as integers by torch; int4 weights are put into
+the order of its kernel for bfloat16 inputs; all others are decoded when they are used, some rows at
+a time, so that little of a matrix is ever there in floats. Inputs are rounded as the scheme says.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from math import lcm
 from typing import overload
 
 import torch
@@ -17,28 +19,52 @@ from tightfit.model.quantization.forms import Form
 from tightfit.planner.engines.builtin_quantized import (
     DECODED_ELEMENTS,
     ROUNDED_TOKENS,
+    int4_group,
     multiplies_integers,
 )
 from tightfit.quantize.codecs import Codec, Scales, Stored
-from tightfit.quantize.codecs.integers import Gptq
+from tightfit.quantize.codecs.integers import Gptq, Integers
 from tightfit.quantize.codecs.packing import unpack_words
 from tightfit.quantize.decoders import codec_of
+from tightfit.runtime.files import forget
 from tightfit.runtime.inputs import RoundedInputs, int8_tokens
 from tightfit.runtime.layers import Matrix, Weights
 from tightfit.runtime.parameters import QuantizedWeight, RankParameters
 from tightfit.units import cdiv
 
 
-def rank_weights(parameters: RankParameters, tensors: Mapping[str, Tensor]) -> Weights:
-    """The weights of a rank; `tensors` are by the names of parameters.
+def rank_weights(
+    parameters: RankParameters, tensors: dict[str, Tensor], *, repack: bool = False
+) -> Weights:
+    """The weights of a rank.
+
+    Args:
+        parameters: of the rank.
+        tensors: by the names of parameters; those that are repacked take the place of others.
+        repack: for bfloat16 on a CPU: put int4 weights into the order of torch's kernel.
 
     Raises:
         UnsupportedModelError: a scheme that is not executed.
     """
     matrices: dict[str, Sequence[Matrix]] = {}
     for weight in parameters.quantized:
+        group = None
+        if repack and _has_int4_kernel():
+            group = int4_group(tuple(weight.forms.values()), weight.inputs, weight.part_rows)
         mine = {kind: tensors[name] for kind, name in weight.tensors.items()}
-        matrices[weight.name] = Experts(weight, mine) if weight.experts else [_matrix(weight, mine)]
+        if group is None:
+            several = weight.experts > 0
+            matrices[weight.name] = Experts(weight, mine) if several else [_matrix(weight, mine)]
+            continue
+        packed, scales = _repacked(weight, mine, group)
+        for kind, name in weight.tensors.items():
+            if not kind.startswith(_BESIDE):
+                forget(mine.pop(kind))
+                del tensors[name]
+        tensors[f"{weight.name} packed"], tensors[f"{weight.name} scales"] = packed, scales
+        matrices[weight.name] = [
+            Int4Matrix(*one, group) for one in zip(packed, scales, strict=True)
+        ]
     return Weights(tensors=tensors, matrices=matrices)
 
 
@@ -92,14 +118,18 @@ class DecodedMatrix:
             x = self.rounded(x)
         rows = sum(self.weight.part_rows)
         out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
-        for first, count, stored in self._pieces():
+        for first, count, stored in self.pieces(1):
             weight = self.codec.decode(stored).to(x.dtype)
             out[:, first : first + count] = F.linear(x, weight)
         return out if bias is None else out.add_(bias)
 
-    def _pieces(self) -> Iterator[tuple[int, int, Stored]]:
-        """First row, count, and what stands for some rows, which never are of two parts."""
-        forms, part_rows, step = self.weight.forms, self.weight.part_rows, self.codec.row_step
+    def pieces(self, multiple: int) -> Iterator[tuple[int, int, Stored]]:
+        """First row, count, and what stands for some rows.
+
+        They never are of two parts, and are as many as a `multiple`, but for the last of a part.
+        """
+        forms, part_rows = self.weight.forms, self.weight.part_rows
+        step = lcm(self.codec.row_step, multiple)
         step *= max(DECODED_ELEMENTS // (self.weight.columns * step), 1)
         first = 0
         for part, rows in enumerate(part_rows):
@@ -114,6 +144,34 @@ class DecodedMatrix:
                     },
                 )
             first += rows
+
+
+def executions(weights: Weights) -> dict[str, int]:
+    """How quantized layers are executed, and how many are so; experts of a layer count once."""
+    found: dict[str, int] = {}
+    for matrices in weights.matrices.values():
+        how = _EXECUTED[type(matrices[0])]
+        found[how] = found.get(how, 0) + 1
+    return found
+
+
+class Int4Matrix:
+    """int4 weights in the order of torch's kernel, with a scale and a zero point for each group.
+
+    `packed` is uint8 [outputs, inputs / 2], and `scales` bfloat16 [groups, outputs, 2].
+    """
+
+    def __init__(self, packed: Tensor, scales: Tensor, group_size: int) -> None:
+        self.packed = packed
+        self.scales = scales
+        self.group_size = group_size
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs]."""
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self.packed, self.group_size, self.scales
+        )
+        return out if bias is None else out.add_(bias)
 
 
 class Int8Matrix:
@@ -164,6 +222,57 @@ def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMa
 
 _BESIDE = ("input_", "weight_shape")
 """Kinds that the weight does not depend on."""
+
+
+@lru_cache(maxsize=1)
+def _has_int4_kernel() -> bool:
+    """Whether this torch has the kernel and its order of weights: tried once."""
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_ONES, 1)
+        scales = torch.ones(1, 16, 2, dtype=torch.bfloat16)
+        x = torch.ones(1, 32, dtype=torch.bfloat16)
+        found = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 32, scales)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((found == 32 * (1 - _MIDDLE + 1)).all())
+
+
+_ONES = torch.ones(16, 32, dtype=torch.int32)
+_MIDDLE = 8
+"""The code that means the zero point."""
+
+
+def _repacked(
+    weight: QuantizedWeight, tensors: Mapping[str, Tensor], group: int
+) -> tuple[Tensor, Tensor]:
+    """Weights and scales for the kernel: those of all experts, or of one matrix."""
+    rows, columns = sum(weight.part_rows), weight.columns
+    count = weight.experts or 1
+    packed = torch.empty(count, rows, columns // 2, dtype=torch.uint8)
+    scales = torch.empty(count, columns // group, rows, 2, dtype=torch.bfloat16)
+    for expert in range(count):
+        held = {k: t[expert] for k, t in tensors.items()} if weight.experts else tensors
+        matrix = _matrix(weight, held)
+        assert isinstance(matrix, DecodedMatrix)
+        codec = matrix.codec
+        assert isinstance(codec, Integers)
+        for first, length, stored in matrix.pieces(64):
+            codes, spans = codec.unpack(stored)
+            some = slice(first, first + length)
+            packed[expert, some] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                (codes - codec.lowest).int(), 1
+            )
+            scales[expert, :, some, 0] = spans.factor.T
+            zero = 0.0 if spans.zero is None else spans.zero
+            scales[expert, :, some, 1] = (spans.factor * (_MIDDLE + codec.lowest - zero)).T
+    return packed, scales
+
+
+_EXECUTED: Mapping[type, str] = {
+    Int4Matrix: "by torch's int4 kernel",
+    Int8Matrix: "by torch's int8 kernel",
+    DecodedMatrix: "decoded when used",
+}
 
 
 def _row_scales(weight: QuantizedWeight, scale: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from tightfit.runtime.loader import load_checkpoint, load_dummy, load_rank_files
 from tightfit.runtime.memory import CpuLedger, MemoryLedger
 from tightfit.runtime.options import EngineOptions, SamplingParams
 from tightfit.runtime.parameters import rank_parameters, require_executable
-from tightfit.runtime.quantized import rank_weights
+from tightfit.runtime.quantized import executions, rank_weights
 from tightfit.runtime.text import Message, Text
 from tightfit.runtime.worker import Worker
 
@@ -82,6 +82,8 @@ class RunReport:
     load_seconds: float
     generation_seconds: float
     num_preemptions: int
+    executions: Mapping[str, int]
+    """How quantized layers are executed, and how many are so; empty if there are none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ class Session:
     ledger: MemoryLedger
     weights_tensor_bytes: int
     load_seconds: float
+    executions: Mapping[str, int]
 
 
 def run_rank(
@@ -183,7 +186,8 @@ def start(
         text = Text(checkpoint) if needs_text and world.rank == 0 else None
     with ledger.phase("weights"), together(world):
         tensors = load()
-        weights = rank_weights(needed, tensors)
+    with ledger.phase("repacked_weights"), together(world):
+        weights = rank_weights(needed, tensors, repack=_repacks(dtype, world))
     worker = Worker(spec, rank, options, weights, world=world, ledger=ledger)
     worker.warm_up()
     return Session(
@@ -193,6 +197,7 @@ def start(
         ledger=ledger,
         weights_tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         load_seconds=perf_counter() - started,
+        executions=executions(weights),
     )
 
 
@@ -249,6 +254,7 @@ def generate(
         load_seconds=session.load_seconds,
         generation_seconds=seconds,
         num_preemptions=engine.scheduler.num_preemptions,
+        executions=session.executions,
     )
 
 
@@ -275,16 +281,20 @@ def together(world: World) -> Iterator[None]:
             raise theirs
 
 
+def _repacks(dtype: torch.dtype, world: World) -> bool:
+    return dtype == torch.bfloat16 and world.device.type == "cpu"
+
+
 def _measure(session: Session) -> RankMeasurement:
     readings = session.ledger.readings
     activations, logits = readings["activations"], readings["logits_and_sampler"]
     components = {"process_baseline": readings["process_baseline"].after_bytes}
-    for name in ("weights", "persistent_buffers", "kv_cache"):
+    for name in ("weights", "repacked_weights", "persistent_buffers", "kv_cache"):
         components[name] = readings[name].kept_bytes
     components["activations"] = activations.transient_bytes
     # Logits take the place of activations that are freed before, as in the plan.
     components["logits_and_sampler"] = max(0, logits.peak_bytes - activations.peak_bytes)
-    loading = ("process_baseline", "weights")
+    loading = ("process_baseline", "weights", "repacked_weights")
     return RankMeasurement(
         rank=session.world.rank,
         components=components,

@@ -21,7 +21,7 @@ from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.spec import Layer, ModelSpec, ropes
-from tightfit.planner.engines.builtin_quantized import decoding_bytes
+from tightfit.planner.engines.builtin_quantized import decoding_bytes, repacked_bytes
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, dtype_bytes, format_bytes, round_up
 
@@ -90,6 +90,17 @@ def step_components(
         ),
         _logits(spec, rank, b, max_num_seqs, tokens, activations),
     ]
+    if device == "cpu" and dtype == "BF16" and (zeros := repacked_bytes(spec, rank, b)):
+        found.insert(
+            0,
+            Component(
+                name="repacked_weights",
+                planned_bytes=zeros,
+                origin="derived",
+                formula="zero points of groups as bfloat16, for torch's int4 kernel, less those "
+                f"that the checkpoint holds: {zeros}",
+            ),
+        )
     if device == "cpu":
         found.append(_process_baseline(rank, tokenizer_json_bytes))
     return tuple(found)

@@ -4,7 +4,9 @@ The formulas are read off `runtime.quantized` and `runtime.inputs`, which import
 from here.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 from tightfit.model.layout import Rank, Weight
 from tightfit.model.parameters import plain_parameters
@@ -54,6 +56,52 @@ def multiplies_integers(forms: Forms, inputs: Inputs | None) -> bool:
         return False
     whole = not inputs.group_size and not scale.columns
     return inputs.dtype == "I8" and weight.dtype == "I8" and whole
+
+
+def int4_group(forms: Forms, inputs: Inputs | None, part_rows: Sequence[int]) -> int | None:
+    """The group size of a matrix that torch's kernel for int4 and bfloat16 takes, or None.
+
+    It wants multiples of 16 outputs, which it rearranges 64 at a time.
+    """
+    by_kind = {form.kind: form for form in forms}
+    packed = by_kind.get("weight_packed") or by_kind.get("qweight")
+    scale = by_kind.get("weight_scale") or by_kind.get("scales")
+    if packed is None or scale is None or inputs is not None:
+        return None
+    words = packed.dtype == "I32" and 8 in (packed.columns, packed.rows)
+    *first, last = part_rows
+    rows = last % 16 == 0 and all(count % 64 == 0 for count in first)
+    return scale.columns if words and rows and scale.columns in _INT4_GROUPS else None
+
+
+_INT4_GROUPS = (32, 64, 128, 256)
+_ZERO_POINTS = ("weight_zero_point", "qzeros")
+
+
+@lru_cache(maxsize=64)
+def repacked_bytes(spec: ModelSpec, rank: Rank, b: int) -> int:
+    """What torch's kernel for int4 wants beside what a checkpoint holds: zero points as floats.
+
+    Args:
+        spec: the model.
+        rank: which rank of which layout.
+        b: bytes of an element of activations; the kernel is for bfloat16.
+    """
+    recipe = spec.quantization
+    if not isinstance(recipe, Recipe):
+        return 0
+    total = 0
+    for weight in plain_parameters(spec):
+        forms = recipe.forms(weight)
+        if forms is None:
+            continue
+        group = int4_group(forms, recipe.inputs(weight), weight.part_rows(rank))
+        if group is not None:
+            *experts, rows, columns = weight.rank_shape(rank)
+            zeros = prod(experts) * rows * columns // group
+            held = any(form.kind in _ZERO_POINTS and not form.dropped for form in forms)
+            total += zeros * b - (zeros // 2 if held else 0)
+    return total
 
 
 def _needed(
