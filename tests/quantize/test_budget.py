@@ -21,6 +21,7 @@ from tightfit.quantize.candidates import Group, Option
 from tightfit.quantize.job import prepare
 from tightfit.quantize.places import Where
 from tightfit.quantize.quality import measure
+from tightfit.quantize.recipe_file import document_of, wish_of
 from tightfit.quantize.write import write, write_job
 from tightfit.units import MiB
 
@@ -71,7 +72,7 @@ def test_larger_budgets_are_never_worse(moe: Path) -> None:
     damages = []
     for share in (0.36, 0.42, 0.5, 0.6, 0.8, 0.95):
         found = fit_budget(checkpoint, int(total * share))
-        damages.append(sum(option.damage / g.parameters for g, option in found.decisions))
+        damages.append(sum(option.damage for _, option in found.decisions))
         assert found == fit_budget(checkpoint, int(total * share))
     assert damages == sorted(damages, reverse=True)
 
@@ -80,6 +81,7 @@ def test_the_recipe_is_written_and_read_again(moe: Path, tmp_path: Path) -> None
     checkpoint = open_checkpoint(str(moe))
     found = fit_budget(checkpoint, int(tensor_bytes(checkpoint) * 0.45))
     assert len(found.wish.choices) > 1
+    assert wish_of(document_of(found.wish)) == found.wish
     job = prepare(checkpoint, found.wish)
     write(write_job(job, max_shard_bytes=MiB), str(tmp_path / "out"), NoProgress())
     written = open_checkpoint(str(tmp_path / "out"))

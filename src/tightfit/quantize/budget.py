@@ -107,7 +107,7 @@ def fit_budget(
         tensor_parallel_size: at which every scheme has to divide what it gets.
         search: look for scales with the least error, as `--method mse` does.
         calibration: text that shows how much what the attention and the MLP of each layer give
-            out suffers; without it all matrices count alike.
+            out suffers; without it all weights count alike.
         progress: told of the source bytes.
 
     Raises:
@@ -241,14 +241,14 @@ def _observed(
 def _weights(groups: Sequence[Group], places: Mapping[Where, float]) -> list[float]:
     """How much the damage of each group counts.
 
-    In a place that was observed as its sum there is to what was observed, both with the smallest
-    options. Elsewhere the mean damage of each group counts alike, whatever its size.
+    In a place that was observed as what was observed is to its sum there, both with the smallest
+    options; elsewhere as it is.
     """
     sums: dict[Where, float] = {}
     for group in groups:
         sums[group.where] = sums.get(group.where, 0.0) + group.options[0].damage
     found = {where: places[where] / one for where, one in sums.items() if one and where in places}
-    return [found.get(group.where, 1 / group.parameters) for group in groups]
+    return [found.get(group.where, 1.0) for group in groups]
 
 
 def _rules(
