@@ -27,7 +27,8 @@ from tightfit.sharding.progress import checksum
 
 _JOURNAL = "calibration.json"
 _HIDDEN = "hidden"
-_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Of several names for the same bytes the first.
+_DTYPES = {dtype: name for name, dtype in reversed(TORCH_DTYPES.items())}
 
 
 class State:
