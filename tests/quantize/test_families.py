@@ -87,6 +87,7 @@ def test_stacked_experts_are_quantized_one_by_one(
     before = tensors_of(model)
     job, after = quantized(model, WISHES[label], tmp_path / "out")
     weights = [w for w in matrices(job.spec) if w.stacked]
+    assert any(".experts.0.gate_proj." in tensor for tensor in after)
     assert any(STACKED[name] in part.source for w in weights for part in w.parts)
     for weight in weights:
         parts = split_experts(weight).parts

@@ -220,6 +220,11 @@ def test_by_command(llama: Path, expected: Path, tmp_path: Path) -> None:
     assert "every byte as in its source" in done.stdout
 
 
+def test_what_vllm_has_no_room_for(tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="no room for the scales of a quantized cache"):
+        shard_job(tiny_model("jamba"), WISHES["int8"], tensor_parallel_size=2)
+
+
 def test_what_is_sharded_or_quantized_already(expected: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is sharded, and `tightfit quantize` needs a plain"):
         shard_job(expected, WISHES["int8"])

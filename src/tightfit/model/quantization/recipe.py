@@ -182,7 +182,10 @@ def split_experts(weight: Weight) -> Weight:
     """A weight of stacked experts as if each had tensors of its own."""
     if not weight.stacked:
         return weight
-    module, _, _ = weight.parts[0].source.rpartition(".")
+    module, _, _ = weight.parts[0].source.removesuffix(".weight").rpartition(".")
+    if not module.endswith("experts"):
+        # Granite's `input_linear`: loaders look for them where others have them.
+        module += ".experts"
     gated = ("gate_proj", "up_proj") if len(weight.parts) > 1 else ("up_proj",)
     names = gated if weight.name.endswith("w13_weight") else ("down_proj",)
     parts = tuple(

@@ -23,6 +23,10 @@ _MARLIN_GROUPS = (0, 32, 64, 128)
 (`marlin_utils.py: check_moe_marlin_supports_config`)."""
 
 
+_WITHOUT_CACHE_SCALES = ("JambaForCausalLM",)
+"""Their classes do not hand the quantization on to attention."""
+
+
 def check_quantization(
     spec: ModelSpec, layout: StoredLayout, *, expert_parallel: bool = False
 ) -> None:
@@ -43,6 +47,12 @@ def check_quantization(
     if recipe.unsharded is not None:
         raise UnsupportedModelError(
             f"sharding this {recipe.name} checkpoint is not supported: {recipe.unsharded}",
+            hint="vLLM loads the checkpoint as it is",
+        )
+    if recipe.placeholders and spec.architecture in _WITHOUT_CACHE_SCALES and not layout.uneven:
+        raise UnsupportedModelError(
+            f"sharding quantized {spec.architecture} is not supported: vLLM's attention of it has "
+            "no room for the scales of a quantized cache",
             hint="vLLM loads the checkpoint as it is",
         )
     if layout.uneven:
