@@ -10,6 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
+from support.tiny_families import FAMILIES
+from support.tiny_media import MEDIA
+from support.tiny_models import NAMES
+from support.wishes import WISHES
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.cli.output import NoProgress
@@ -27,6 +31,8 @@ from tightfit.quantize.write import write, write_job
 from tightfit.units import MiB
 
 NVFP4_LEVELS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+STORED_OTHERWISE = ("dbrx", "gpt2", "gpt_oss", "mamba", "mamba2")
+QUANTIZED = [name for name in (*NAMES, *FAMILIES, *MEDIA) if name not in STORED_OTHERWISE]
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 TORCH |= {"I32": torch.int32, "I64": torch.int64, None: torch.bfloat16}
 QKV = "model.layers.1.self_attn.q_proj"
@@ -284,3 +290,16 @@ def test_stacked_experts_are_stacked_again(tmp_path: Path) -> None:
     assert decoded.shape == original.shape
     error = (decoded.float() - original.float()).norm() / original.float().norm()
     assert 0 < error < 0.03
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_family_comes_back(name: str, tiny_model: Callable[[str], Path]) -> None:
+    this = prepare(open_checkpoint(str(tiny_model(name))), WISHES["int8"])
+    found = open_dequantized(this.virtual)
+    assert describe(found).spec.quantization is None
+    before, after = this.checkpoint.tensors(), found.tensors()
+    assert {n: i.shape for n, i in after.items()} == {n: i.shape for n, i in before.items()}
+    for source in {matrix.source.name for matrix in this.matrices[:: len(this.matrices) // 3 + 1]}:
+        original = tensor(this.checkpoint, source).float()
+        error = (tensor(found, source).float() - original).norm() / original.norm()
+        assert 0 < error < 0.02, source
