@@ -174,7 +174,7 @@ def test_a_ray_cluster_writes_the_same(
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     shutil.copytree(llama, tmp_path / "model")
-    options = ("--scheme", "w4a16-asym", "--group-size", "64", "--max-shard-size", "1MiB")
+    options = ("--scheme", "fp8-tensor", "--max-shard-size", "1MiB")
     assert tightfit("quantize", llama, tmp_path / "whole", *options).returncode == 0
     ray = ("--executor", "ray", "--ray-address", "local", "--json")
     done = tightfit("quantize", "model", "out", *options, *ray, cwd=tmp_path)
