@@ -75,7 +75,7 @@ def prepare(
         for name, info in tensors.items()
         if name not in consumed
     }
-    todo = [m for m in matrices if not all(o.name in given for o in m.outputs.values())]
+    todo = [matrix for matrix in matrices if not _is_given(matrix, given)]
     source = EncodedSource(
         checkpoint.source, {**kept, **given}.values(), todo, search=method == "mse"
     )
@@ -121,6 +121,16 @@ def unquantized_spec(checkpoint: Checkpoint) -> ModelSpec:
             hint="`tightfit plan` says what is known of it",
         )
     return spec
+
+
+def _is_given(matrix: Matrix, given: Mapping[str, Kept]) -> bool:
+    """Whether nothing of a matrix is left to compute."""
+    outputs = matrix.outputs.values()
+    for one in outputs:
+        if one.name in given:
+            info = given[one.name].info
+            assert (info.dtype, info.shape) == (one.dtype, one.shape), (one, info)
+    return all(one.name in given for one in outputs)
 
 
 def _others(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
