@@ -25,6 +25,7 @@ from tightfit.quantize.matrices import Matrix
 from tightfit.quantize.places import KINDS, Where, places
 from tightfit.runtime.files import TORCH_DTYPES
 from tightfit.sharding.progress import Progress
+from tightfit.units import dtype_bytes
 
 _WORST = 5
 
@@ -193,13 +194,13 @@ def measure(
     quantized = written or job.virtual
     infos, where = quantized.tensors(), places(job.spec)
     if progress is not None:
-        progress.phase("measuring", sum(matrix.rows * matrix.columns for matrix in job.matrices))
+        progress.phase("measuring", sum(map(_nbytes, job.matrices)))
     found = []
     for matrix in job.matrices:
         tensors = {kind: _info(one.name, infos, quantized) for kind, one in matrix.outputs.items()}
         found.append(_compared(matrix, where[matrix.module], job.checkpoint, tensors, quantized))
         if progress is not None:
-            progress.advance(matrix.rows * matrix.columns)
+            progress.advance(_nbytes(matrix))
     return Quality(
         model=job.checkpoint.name,
         scheme=job.wish.label,
@@ -275,6 +276,10 @@ def _info(name: str, infos: Mapping[str, TensorInfo], where: Checkpoint) -> Tens
             hint="it was made from another model, or with another recipe",
         )
     return infos[name]
+
+
+def _nbytes(matrix: Matrix) -> int:
+    return dtype_bytes(matrix.source.dtype, matrix.rows * matrix.columns)
 
 
 def _bins(scales: Mapping[int, int]) -> dict[str, int]:
