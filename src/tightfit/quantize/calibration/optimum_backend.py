@@ -27,7 +27,7 @@ _FILE = "optimum.safetensors"
 _PACKAGES = ("optimum.gptq", "transformers", "gptqmodel")
 _ONES = {4: 0x11111111, 8: 0x01010101}
 """What the zero points of gptq_v2 are larger by, in every word."""
-_INSTALL = "pip install 'tightfit[quantize,hf]' gptqmodel"
+_INSTALL = "pip install 'tightfit[optimum]' gptqmodel"
 
 
 def calibrate_by_optimum(
