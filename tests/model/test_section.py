@@ -152,6 +152,19 @@ def test_towers_stay_as_they_are_by_their_name() -> None:
     assert not pattern.match("model.decoder.layers.0.encoder_attn.q_proj")
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("AI21-Jamba-1.5-Mini", "model.layers.0.mixer.in_proj"),
+        ("Falcon-H1-0.5B-Base", "model.layers.0.mixer.out_proj"),
+        ("LFM2-1.2B", "model.layers.0.short_conv.in_proj"),
+    ],
+)
+def test_modules_that_vllm_calls_otherwise(name: str, asked: str) -> None:
+    ignored = sections(plain_spec(name), WISHES["int8"])["ignore"]
+    assert any(re.match(entry.removeprefix("re:"), asked) for entry in ignored)
+
+
 def test_a_tower_that_is_quantized_in_part() -> None:
     spec = plain_spec("Qwen2.5-VL-7B-Instruct")
     fp8 = CHOICES["fp8-channel"]

@@ -134,7 +134,7 @@ def _section(
         # A tied head is no tensor, and transformers has a module nevertheless.
         kept.append("lm_head")
     # Of experts the first stands for all.
-    kept = list(dict.fromkeys(_FIRST_EXPERT.sub("0", name) for name in kept))
+    kept = list(dict.fromkeys(_FIRST_EXPERT.sub("0", name) for name in _called(kept)))
     match wish.format:
         case "fp8":
             # vLLM compares whole names, and knows no patterns here.
@@ -178,7 +178,7 @@ def _compressed_tensors(
     used = [choice for choice in wish.choices if choice in quantized.values()]
     groups = {}
     for number, choice in enumerate(used):
-        mine = [name for name, one in quantized.items() if one == choice]
+        mine = list(_called(name for name, one in quantized.items() if one == choice))
         # What is ignored may match as well.
         rest = [name for name, one in quantized.items() if one != choice]
         targets = ["Linear"] if len(used) == 1 else patterns(mine, rest)
@@ -241,6 +241,15 @@ def _gptq(spec: ModelSpec, wish: Wish, kept: list[str], quantized: list[str]) ->
     return found
 
 
+def _called(names: Iterable[str]) -> Iterator[str]:
+    """The names, and those by which vLLM asks for modules that it calls otherwise."""
+    for name in names:
+        yield name
+        for ours, theirs in _VLLM_NAMES.items():
+            if ours in name:
+                yield name.replace(ours, theirs)
+
+
 def _containers(names: Iterable[str]) -> Iterator[str]:
     """Modules that hold experts: engines ask for them, and not for each expert."""
     return (_EXPERT.sub("", name) for name in names if _EXPERT.search(name))
@@ -286,5 +295,7 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 _PREFIX = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
+_VLLM_NAMES: Mapping[str, str] = {".mamba.": ".mixer.", ".conv.": ".short_conv."}
+"""`models/jamba.py`, `granitemoehybrid.py`, `falcon_h1.py`, `lfm2.py`."""
 _FIRST_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+\..*")
