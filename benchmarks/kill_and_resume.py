@@ -3,9 +3,10 @@
 usage: kill_and_resume.py [--kills 50] [--gigabytes 1.3] [--command shard|merge|quantize]
                           [--scheme fp8-channel] [DIRECTORY]
 
-Each round starts the command anew and kills it once at a moment drawn from the length of an
-undisturbed run; every third round is killed again while it goes on. What is there after a kill must
-not verify nor load, and after --resume has to be the undisturbed output, file by file.
+Each round starts the command anew and kills it once, at a moment drawn from the time in which an
+undisturbed run has its output directory; every third round is killed again while it goes on. What
+is there after a kill must not verify nor load, and after --resume has to be the undisturbed output,
+file by file.
 """
 
 import argparse
@@ -78,17 +79,26 @@ def start(command: list[str]) -> "subprocess.Popen[bytes]":
 
 
 def finish(command: list[str]) -> float:
-    started = time.monotonic()
+    """Seconds from when its output directory was there."""
     process = start(command)
+    started = appeared(process, Path(command[2]))
     _, errors = process.communicate()
     if process.returncode:
         sys.exit(f"{command}: {process.returncode} {errors.decode()}")
     return time.monotonic() - started
 
 
+def appeared(process: "subprocess.Popen[bytes]", out: Path) -> float:
+    """When the output directory was there, or the process at its end."""
+    while not out.exists() and process.poll() is None:
+        time.sleep(0.001)
+    return time.monotonic()
+
+
 def kill(command: list[str], after: float) -> bool:
     """Whether it was still running."""
     process = start(command)
+    appeared(process, Path(command[2]))
     try:
         process.wait(after)
     except subprocess.TimeoutExpired:
