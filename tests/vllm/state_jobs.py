@@ -47,9 +47,6 @@ def build(job, rank, store, results):
         from vllm.utils.torch_utils import set_default_torch_dtype
 
         if not job.get("kernels", True):
-            sys.path.insert(0, str(Path(__file__).parent.parent))
-            from support.make_quantized_data import without_kernels
-
             without_kernels()
         tp, pp = job["tp"], job.get("pp", 1)
         config = EngineArgs(
@@ -95,6 +92,13 @@ def build(job, rank, store, results):
     results.close()
     results.join_thread()
     os._exit(0)
+
+
+def without_kernels():
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from support.make_quantized_data import without_kernels
+
+    without_kernels()
 
 
 def different(model, config, sharded, memory):
@@ -171,6 +175,9 @@ def main():
     context = multiprocessing.get_context("fork")
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
+    if not any(job.get("kernels", True) for job in jobs):
+        # Once for all: it imports a hundred modules.
+        without_kernels()
     for job in jobs:
         print("ANSWER " + json.dumps(job | run_job(context, job)), flush=True)
 

@@ -6,7 +6,8 @@ vLLM is imported once; each job forks one process per rank, joined by gloo (the 
 `external_launcher`), because a fresh engine costs half a minute of imports. Every job gives one
 line of JSON with its tokens and log-probabilities, or an error. Without a "dtype" everything is
 computed in float32, so that the order of sums does not change tokens between sizes. With "save", a
-directory, vLLM itself writes its sharded state there.
+directory, vLLM itself writes its sharded state there. With "texts", lists of tokens, the answer has
+"losses", of each of their tokens but the first.
 """
 
 import json
@@ -66,7 +67,7 @@ def run_rank(job, rank, port, results):
             dtype=job.get("dtype", "float32"),
             enforce_eager=True,
             skip_tokenizer_init=True,
-            max_model_len=128,
+            max_model_len=max(128, *(len(ids) + 1 for ids in job.get("texts", [[]]))),
             max_num_seqs=4,
             enable_prefix_caching=False,
             disable_log_stats=True,
@@ -80,6 +81,8 @@ def run_rank(job, rank, port, results):
         outputs = [o.outputs[0] for o in llm.generate(prompts, sampling, use_tqdm=False)]
         answer["tokens"] = [list(o.token_ids) for o in outputs]
         answer["logprobs"] = [o.cumulative_logprob for o in outputs]
+        if "texts" in job:
+            answer["losses"] = losses(llm, job["texts"])
         if "save" in job:
             llm.llm_engine.engine_core.save_sharded_state(job["save"], None, None)
     except BaseException as error:
@@ -88,6 +91,18 @@ def run_rank(job, rank, port, results):
     results.close()
     results.join_thread()
     os._exit(0)
+
+
+def losses(llm, texts):
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=0)
+    prompts = [{"prompt_token_ids": ids} for ids in texts]
+    found = []
+    for ids, output in zip(texts, llm.generate(prompts, sampling, use_tqdm=False), strict=True):
+        places = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        found += [-known[token].logprob for token, known in places]
+    return found
 
 
 def run_job(context, job):
