@@ -156,7 +156,7 @@ def test_towers_stay_as_they_are_by_their_name() -> None:
     ("name", "asked"),
     [
         ("AI21-Jamba-1.5-Mini", "model.layers.0.mixer.in_proj"),
-        ("Falcon-H1-0.5B-Base", "model.layers.0.mixer.out_proj"),
+        ("Falcon-H1-0.5B-Base", "model.72.mixer.out_proj"),
         ("LFM2-1.2B", "model.layers.0.short_conv.in_proj"),
     ],
 )

@@ -245,9 +245,9 @@ def _called(names: Iterable[str]) -> Iterator[str]:
     """The names, and those by which vLLM asks for modules that it calls otherwise."""
     for name in names:
         yield name
-        for ours, theirs in _VLLM_NAMES.items():
-            if ours in name:
-                yield name.replace(ours, theirs)
+        for ours, theirs in _VLLM_NAMES:
+            if ours.search(name):
+                yield ours.sub(theirs, name)
 
 
 def _containers(names: Iterable[str]) -> Iterator[str]:
@@ -295,7 +295,11 @@ def patterns(names: Iterable[str], others: Iterable[str]) -> list[str]:
 
 
 _PREFIX = re.compile(r"^(model\.)?(language_model\.)?(model\.)?")
-_VLLM_NAMES: Mapping[str, str] = {".mamba.": ".mixer.", ".conv.": ".short_conv."}
-"""`models/jamba.py`, `granitemoehybrid.py`, `falcon_h1.py`, `lfm2.py`."""
+_VLLM_NAMES = (
+    (re.compile(r"\.mamba\."), ".mixer."),
+    # `models/falcon_h1.py` counts them after the layers, and leaves out what they are in.
+    (re.compile(r"layers\.(\d+)\.mamba\."), r"\1.mixer."),
+    (re.compile(r"\.conv\."), ".short_conv."),
+)
 _FIRST_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _EXPERT = re.compile(r"(?<=\.experts)\.\d+\..*")
