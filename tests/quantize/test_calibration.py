@@ -319,6 +319,17 @@ def test_damaged_weights_are_named(
         calibrate(job, options, tmp_path / "work", NoProgress())
 
 
+def test_activations_that_overflow_are_an_error(
+    llama: Path, options: CalibrationOptions, tmp_path: Path
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"].fill_(1e30)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"inputs of model\.layers\.1.*not finite"):
+        calibrate(job_of(model, "w4a16", "gptq"), options, tmp_path / "work", NoProgress())
+
+
 def options_for(path: Path, **changes: Any) -> CalibrationOptions:
     return CalibrationOptions(texts=(path,), **{"samples": 4, "length": 16, **changes})
 

@@ -36,7 +36,8 @@ def hessian(gram: Tensor, *, damping: float = DAMPING, by_importance: bool = Tru
     """Prepare a Gram matrix, float32 `[columns, columns]`.
 
     The factor is the inverse of an upper R with H = R R^T, and R is the Cholesky factor of H with
-    its columns backwards, backwards again: one inversion less than by the inverse of H.
+    its columns backwards, backwards again: one inversion less than by the inverse of H. No more
+    than three matrices of that size are in memory, the given one included.
     """
     diagonal = gram.diagonal()
     mean = diagonal.mean().clamp(min=1e-20)
@@ -52,7 +53,10 @@ def hessian(gram: Tensor, *, damping: float = DAMPING, by_importance: bool = Tru
             break
         damping *= 4
     del damped
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(gram)), upper=True)
+    inverse = torch.eye(len(gram))
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    upper = inverse.flip(0, 1)
     return Hessian(order=order, upper=upper)
 
 

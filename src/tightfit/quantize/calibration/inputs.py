@@ -51,6 +51,12 @@ class Inputs:
         """Of the absolute values of each channel."""
         return self.total / max(self.tokens, 1)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing has overflowed."""
+        seen = self.largest if self.gram is None else self.gram.diagonal()
+        return bool(torch.isfinite(seen).all())
+
     def divide(self, scales: Tensor) -> None:
         """What it would have been with channels divided by `scales`."""
         for vector in (self.largest, self.total):

@@ -179,7 +179,7 @@ class LayerCalibration:
             self._layer(part)
         self._layer.watch(None)
         for module, inputs in found.items():
-            if not torch.isfinite(inputs.largest).all():
+            if not inputs.is_finite:
                 raise CheckpointError(
                     f"the inputs of {module} are not finite on the calibration text",
                     hint="the weights of this layer or an earlier one are damaged",
