@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.ranks import PROMPTS, all_logits, greedy, open_session
+from support.cli import tightfit
 from support.quantizing import CHOICES, quantize
+from support.smollm2 import smollm2_or_skip
 from support.tiny_models import make_tiny_model
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
@@ -19,6 +21,7 @@ from tightfit.errors import UnsupportedModelError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel, Rank
 from tightfit.model.parameters import plain_parameters
+from tightfit.model.quantization.written import Choice
 from tightfit.planner.engines.builtin_quantized import repacked_bytes
 from tightfit.planner.weights import weights_component
 from tightfit.quantize.dequantize import open_dequantized
@@ -152,7 +155,8 @@ def test_logits_are_those_of_what_the_checkpoint_stands_for(
     wanted = expected(path, label)
     session = open_session(path)
     found = all_logits(session, PROMPTS[0])
-    assert_near(found, wanted, 0.01)
+    # Where inputs are rounded, the order of a sum may round one to the other side.
+    assert_near(found, wanted, 0.01 if rounding(label) is None else 0.06)
     planned = weights_component(
         model_spec(open_checkpoint(str(path)).config), Parallel().ranks()[0], "F32"
     )
@@ -245,3 +249,23 @@ def test_inputs_that_are_sorted_into_groups(quantized: Callable[[str, str], Path
 
     with pytest.raises(UnsupportedModelError, match="desc_act"):
         start(checkpoint, spec, options(), world=World())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(scheme="w4a16", group_size=64),
+        Choice(scheme="fp8-channel"),
+        Choice(scheme="int8"),
+    ],
+    ids=lambda choice: choice.label,
+)
+def test_a_real_model_still_knows_its_capitals(choice: Choice, tmp_path: Path) -> None:
+    quantize(smollm2_or_skip(), tmp_path / "out", choice)
+    size = ("--max-model-len", "256", "--max-tokens", "8")
+    done = tightfit("run", tmp_path / "out", "--raw", "-p", "The capital of France is", *size)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "per second" in done.stdout
+    assert "quantized layers: 120 " in done.stdout

@@ -23,6 +23,8 @@ from tightfit.planner.engines.builtin_quantized import (
     multiplies_integers,
 )
 from tightfit.quantize.codecs import Codec, Scales, Stored
+from tightfit.quantize.codecs.floats import Fp8Channel, Fp8Tensor
+from tightfit.quantize.codecs.grids import FP8_UNIT, small_fp8
 from tightfit.quantize.codecs.integers import Gptq, Integers
 from tightfit.quantize.codecs.packing import unpack_words
 from tightfit.quantize.decoders import codec_of
@@ -174,6 +176,33 @@ class Int4Matrix:
         return out if bias is None else out.add_(bias)
 
 
+class Fp8Matrix:
+    """e4m3 weights [outputs, inputs] with a float32 scale for each output.
+
+    Weights are widened some rows at a time, and outputs are scaled instead of them.
+    """
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, rounded: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        self.weight = weight
+        self.scale = scale
+        self.rounded = rounded
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """[tokens, inputs] -> [tokens, outputs]."""
+        if self.rounded is not None:
+            x = self.rounded(x)
+        rows, columns = self.weight.shape
+        out = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+        step = max(DECODED_ELEMENTS // columns, 1)
+        for first in range(0, rows, step):
+            some = slice(first, first + step)
+            weight = small_fp8(self.weight[some]).mul_(FP8_UNIT).to(x.dtype)
+            out[:, some] = F.linear(x, weight).float().mul_(self.scale[some])
+        return out if bias is None else out.add_(bias)
+
+
 class Int8Matrix:
     """int8 weights [outputs, inputs] with a float32 scale for each output, and int8 inputs."""
 
@@ -191,7 +220,7 @@ class Int8Matrix:
         return out if bias is None else out.add_(bias)
 
 
-def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMatrix | Int8Matrix:
+def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> Matrix:
     forms, inputs = weight.forms, weight.inputs
     values = {kind: form for kind, form in forms.items() if not kind.startswith(_BESIDE)}
     if multiplies_integers(tuple(forms.values()), inputs):
@@ -216,6 +245,8 @@ def _matrix(weight: QuantizedWeight, tensors: Mapping[str, Tensor]) -> DecodedMa
             static=None if static is None else static.max(),
             overall=None if overall is None else overall.max(),
         )
+    if isinstance(codec, Fp8Tensor | Fp8Channel):
+        return Fp8Matrix(tensors["weight"], _row_scales(weight, tensors["weight_scale"]), rounded)
     held = {kind: tensor for kind, tensor in tensors.items() if kind in values}
     return DecodedMatrix(codec, weight, held, rounded)
 
@@ -272,6 +303,7 @@ _EXECUTED: Mapping[type, str] = {
     Int4Matrix: "by torch's int4 kernel",
     Int8Matrix: "by torch's int8 kernel",
     DecodedMatrix: "decoded when used",
+    Fp8Matrix: "fp8 widened when used",
 }
 
 
