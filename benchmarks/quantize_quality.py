@@ -213,7 +213,11 @@ def result(bench: Bench, wanted: Sequence[Case]) -> dict[str, Any]:
         "windows": len(kept[ORIGINAL]["losses"]),
         "calibration": f"{bench.samples} samples of {bench.length} tokens",
         ORIGINAL: round(math.exp(mean(kept[ORIGINAL]["losses"])), 4),
-        "rows": [row(case, kept) for case in wanted],
+        "rows": [
+            row(case, kept)
+            for case in wanted
+            if f"{OURS} {case.label}" in kept or f"{THEIRS} {case.label}" in kept
+        ],
     }
 
 
