@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "rich", "huggingface_hub", "fsspec")
 PLAN = ["plan", str(DIRECTORY / "Llama-3.1-8B.json"), "--gpu", "h100-80gb", "--json"]
 
-# Who may import whom, besides itself. `runtime` and `demo` are siblings below the command line.
+# Who may import whom, besides itself.
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
@@ -29,9 +29,11 @@ BELOW: dict[str, set[str]] = {
 BELOW["planner"] = {"model", "checkpoint"} | BELOW["checkpoint"]
 BELOW["executors"] = {"errors"}
 BELOW["sharding"] = {"planner", "executors"} | BELOW["planner"]
-BELOW["runtime"] = {"sharding"} | BELOW["sharding"]
+BELOW["codecs"] = BELOW["checkpoint"] | {"checkpoint"}
+BELOW["runtime"] = {"sharding", "codecs"} | BELOW["sharding"]
 BELOW["demo"] = {"runtime"} | BELOW["runtime"]
-BELOW["cli"] = {"demo"} | BELOW["demo"]
+BELOW["quantize"] = {"runtime"} | BELOW["runtime"]
+BELOW["cli"] = {"demo", "quantize"} | BELOW["demo"]
 BELOW["__init__"] = {"planner"}
 BELOW["__main__"] = {"cli"}
 

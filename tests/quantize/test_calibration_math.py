@@ -9,6 +9,7 @@ from torch import Tensor
 
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
 from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.codecs import Codec, Scales, codec
 from tightfit.model.quantization.written import SCHEMES, Choice
 from tightfit.quantize.calibration.folding import folds
 from tightfit.quantize.calibration.gptq import gptq, hessian
@@ -19,7 +20,6 @@ from tightfit.quantize.calibration.smoothing import (
     rounding_of_inputs,
     smoothquant_scales,
 )
-from tightfit.quantize.codecs import Codec, Scales, codec
 from tightfit.runtime.layerwise import LayerwiseModel
 
 COLUMNS = 256

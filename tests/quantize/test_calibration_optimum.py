@@ -15,11 +15,11 @@ from torch import Tensor
 from support.seeded_models import LLAMA, write_seeded_model
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
+from tightfit.codecs.integers import Gptq
 from tightfit.errors import CheckpointError, MissingExtraError, UsageError
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize.calibration import CalibrationOptions
 from tightfit.quantize.calibration.optimum_backend import calibrate_by_optimum
-from tightfit.quantize.codecs.integers import Gptq
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.write import write, write_job
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.codecs import Codec, codec
 from tightfit.errors import CheckpointError
 from tightfit.model.quantization.written import Choice
-from tightfit.quantize.codecs import Codec, codec
 from tightfit.quantize.encoding import check_finite
 from tightfit.quantize.matrices import Matrix
 

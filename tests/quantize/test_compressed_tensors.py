@@ -10,7 +10,7 @@ from torch import Tensor
 from support.make_quantized_data import EXPERTS, LLAMA
 from support.quantizing import CHOICES, COMPRESSED, Quantized, load_all, quantize
 from support.seeded_models import write_seeded_model
-from tightfit.quantize.codecs import codec
+from tightfit.codecs import codec
 
 pytest.importorskip("compressed_tensors")
 

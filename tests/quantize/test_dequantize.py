@@ -17,12 +17,12 @@ from support.wishes import WISHES
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.cli.output import NoProgress
+from tightfit.codecs import codec
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.families import model_spec
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.model.sources import expected_sources
 from tightfit.quantize import dequantize
-from tightfit.quantize.codecs import codec
 from tightfit.quantize.decoding import read_stored
 from tightfit.quantize.dequantize import open_dequantized
 from tightfit.quantize.job import QuantizeJob, prepare

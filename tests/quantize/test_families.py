@@ -20,11 +20,11 @@ from support.wishes import CHOICES, ONE_OF_EACH_FORMAT, WISHES, mixed
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.describe import describe
 from tightfit.cli.output import NoProgress
+from tightfit.codecs import codec
 from tightfit.errors import LayoutError
 from tightfit.model.quantization.recipe import split_experts
 from tightfit.model.quantization.section import _FORMATS
 from tightfit.model.quantization.written import COMPRESSED_TENSORS, Wish, matrices
-from tightfit.quantize.codecs import codec
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.write import write, write_job
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tightfit.codecs import codec
 from tightfit.model.quantization.written import Choice
-from tightfit.quantize.codecs import codec
 
 ROWS, COLUMNS, GROUP = 16, 64, 32
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

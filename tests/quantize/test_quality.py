@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.output import NoProgress
+from tightfit.codecs import codec
 from tightfit.errors import CheckpointError
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize import encoding
-from tightfit.quantize.codecs import codec
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.quality import Figures, MatrixQuality, measure
 from tightfit.quantize.write import write, write_job

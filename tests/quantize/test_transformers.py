@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from support.make_quantized_data import EXPERTS, LLAMA
 from support.quantizing import CHOICES, COMPRESSED, quantize, write_meant
 from support.seeded_models import write_seeded_model
+from tightfit.codecs import codec
 from tightfit.model.quantization.written import Choice
-from tightfit.quantize.codecs import codec
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.slow

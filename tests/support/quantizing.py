@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tightfit.cli.main import build
+from tightfit.codecs import codec
 from tightfit.model.quantization.written import COMPRESSED_TENSORS, Choice
-from tightfit.quantize.codecs import codec
 
 CHOICES: Mapping[str, Choice] = {
     **{

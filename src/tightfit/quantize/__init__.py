@@ -1,6 +1,6 @@
-"""Quantized checkpoints: `codecs` do the arithmetic, `virtual` streams tensors through them.
+"""Quantized checkpoints: which matrices get which scheme, and tensors that are made as they are read.
 
-A quantized checkpoint is first a virtual one, whose tensors are computed when they are read. So
-whatever reads checkpoints can write it: `quantize` as a plain one, `shard` as rank files, both with
-their resume, executors and distant stores.
+A quantized checkpoint is first a virtual one (`computed_source`). So whatever reads checkpoints can
+write it: `quantize` as a plain one, `shard` as rank files, both with their resume, executors and
+distant stores.
 """

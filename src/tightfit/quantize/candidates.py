@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.source import Source
+from tightfit.codecs import Codec, codec
 from tightfit.errors import TightfitError
 from tightfit.model.layout import Parallel, Weight
 from tightfit.model.parameters import plain_parameters
@@ -24,7 +25,6 @@ from tightfit.model.quantization.written import (
 )
 from tightfit.model.spec import ModelSpec
 from tightfit.quantize.admission import problem
-from tightfit.quantize.codecs import Codec, codec
 from tightfit.quantize.encoding import check_finite, rows_of
 from tightfit.quantize.matrices import Matrix, matrices_of
 from tightfit.quantize.places import Where, places

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import Source
-from tightfit.quantize.codecs import Codec, Stored
-from tightfit.quantize.codecs.fp4 import MxFp4, NvFp4
-from tightfit.quantize.codecs.grids import FP4_MAX, FP8_MAX
-from tightfit.quantize.codecs.integers import Awq, Gptq, Integers
+from tightfit.codecs import Codec, Stored
+from tightfit.codecs.fp4 import MxFp4, NvFp4
+from tightfit.codecs.grids import FP4_MAX, FP8_MAX
+from tightfit.codecs.integers import Awq, Gptq, Integers
 from tightfit.quantize.computed_source import read_exactly
 from tightfit.runtime.files import TORCH_DTYPES
 from tightfit.units import cdiv

@@ -14,6 +14,7 @@ from tightfit.checkpoint.describe import describe, require_weights, with_modelop
 from tightfit.checkpoint.files import INDEX
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import Source
+from tightfit.codecs.decoders import VALUES, StoredMatrix, stored_matrix
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.layout import Weight
 from tightfit.model.parameters import plain_parameters
@@ -22,7 +23,6 @@ from tightfit.model.quantization.recipe import Recipe, split_experts
 from tightfit.model.sources import expected_sources, sources_of
 from tightfit.model.spec import ModelSpec
 from tightfit.quantize.computed_source import FILE, ComputedSource, Kept, Made
-from tightfit.quantize.decoders import VALUES, StoredMatrix, stored_matrix
 from tightfit.quantize.decoding import read_stored, some_rows
 from tightfit.quantize.matrices import FLOATS, Output, place
 from tightfit.runtime.files import TORCH_DTYPES

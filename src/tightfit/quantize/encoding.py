@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import Source
+from tightfit.codecs import codec
 from tightfit.errors import CheckpointError
-from tightfit.quantize.codecs import codec
 from tightfit.quantize.computed_source import ComputedSource, Kept, Made, read_exactly
 from tightfit.quantize.matrices import Matrix
 from tightfit.runtime.files import TORCH_DTYPES

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.codecs import Codec, Scales, codec
+from tightfit.codecs.floats import Fp8Tensor
 from tightfit.errors import CheckpointError
-from tightfit.quantize.codecs import Codec, Scales, codec
-from tightfit.quantize.codecs.floats import Fp8Tensor
 from tightfit.quantize.decoding import reach, read_stored, some_rows
 from tightfit.quantize.encoding import check_finite, rows_of
 from tightfit.quantize.job import QuantizeJob

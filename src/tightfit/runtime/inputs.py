@@ -8,11 +8,11 @@ numbers that the checkpoint's global scale was multiplied into.
 import torch
 from torch import Tensor
 
+from tightfit.codecs.grids import FP4_MAX, FP8_MAX, to_fp4, to_fp8, to_integers
+from tightfit.codecs.mx import from_exponents, to_exponents
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.quantization.recipe import Inputs
 from tightfit.planner.engines.builtin_quantized import ROUNDED_TOKENS
-from tightfit.quantize.codecs.grids import FP4_MAX, FP8_MAX, to_fp4, to_fp8, to_integers
-from tightfit.quantize.codecs.mx import from_exponents, to_exponents
 
 INT8_MAX = 127.0
 _LARGEST = {"I8": INT8_MAX, "F8_E4M3": FP8_MAX, "F4_E2M1": FP4_MAX}

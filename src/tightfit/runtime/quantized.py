@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tightfit.codecs import Codec, Scales, Stored
+from tightfit.codecs.decoders import codec_of
+from tightfit.codecs.floats import Fp8Channel, Fp8Tensor
+from tightfit.codecs.grids import FP8_UNIT, small_fp8
+from tightfit.codecs.integers import Gptq, Integers
+from tightfit.codecs.packing import unpack_words
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.quantization.forms import Form
 from tightfit.planner.engines.builtin_quantized import (
@@ -22,12 +28,6 @@ from tightfit.planner.engines.builtin_quantized import (
     int4_group,
     multiplies_integers,
 )
-from tightfit.quantize.codecs import Codec, Scales, Stored
-from tightfit.quantize.codecs.floats import Fp8Channel, Fp8Tensor
-from tightfit.quantize.codecs.grids import FP8_UNIT, small_fp8
-from tightfit.quantize.codecs.integers import Gptq, Integers
-from tightfit.quantize.codecs.packing import unpack_words
-from tightfit.quantize.decoders import codec_of
 from tightfit.runtime.files import forget
 from tightfit.runtime.inputs import RoundedInputs, int8_tokens
 from tightfit.runtime.layers import Matrix, Weights

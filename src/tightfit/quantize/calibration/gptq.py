@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tightfit.codecs import Codec, Scales
+from tightfit.codecs.floats import Fp8Block
 from tightfit.quantize.calibration.scales import least_weighted_error
-from tightfit.quantize.codecs import Codec, Scales
-from tightfit.quantize.codecs.floats import Fp8Block
 
 DAMPING = 0.05
 """Of the mean of the diagonal, added to it: with 8000 tokens better than 0.01, on other texts."""

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tightfit.codecs import Codec, Scales, codec
 from tightfit.errors import CheckpointError
 from tightfit.quantize.calibration.folding import Fold, folds
 from tightfit.quantize.calibration.gptq import Hessian, gptq, hessian
@@ -16,7 +17,6 @@ from tightfit.quantize.calibration.smoothing import (
     rounding_of_inputs,
     smoothquant_scales,
 )
-from tightfit.quantize.codecs import Codec, Scales, codec
 from tightfit.quantize.encoding import check_finite
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.quantize.codecs.grids import FP4_MAX, FP8_MAX
+from tightfit.codecs.grids import FP4_MAX, FP8_MAX
 from tightfit.quantize.matrices import Matrix
 
 INPUT_SCALE = "input_global_scale"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tightfit.checkpoint.source import LocalSource
 from tightfit.checkpoint.writer import output_error
+from tightfit.codecs import codec
 from tightfit.errors import CheckpointError, MissingExtraError, UsageError
 from tightfit.quantize.calibration.options import CalibrationOptions
 from tightfit.quantize.calibration.samples import token_windows
-from tightfit.quantize.codecs import codec
 from tightfit.quantize.computed_source import Kept
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tightfit.quantize.codecs import Codec, Scales
-from tightfit.quantize.codecs.base import least_error
-from tightfit.quantize.codecs.floats import Fp8Block
+from tightfit.codecs import Codec, Scales
+from tightfit.codecs.base import least_error
+from tightfit.codecs.floats import Fp8Block
 
 _LARGEST_GROUP = 256
 """In wider groups each column counts by itself: their blocks would cost more than they tell."""

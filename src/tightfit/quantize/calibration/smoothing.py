@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from tightfit.codecs import Codec
 from tightfit.model.quantization import recipe
 from tightfit.quantize.calibration.inputs import Inputs
 from tightfit.quantize.calibration.scales import least_output_error
-from tightfit.quantize.codecs import Codec
 from tightfit.runtime.inputs import RoundedInputs
 
 _STEPS = 10

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tightfit.quantize.codecs.base import Codec, Scales, Stored, stored_scale
-from tightfit.quantize.codecs.grids import to_integers
-from tightfit.quantize.codecs.packing import (
+from tightfit.codecs.base import Codec, Scales, Stored, stored_scale
+from tightfit.codecs.grids import to_integers
+from tightfit.codecs.packing import (
     awq_order,
     awq_reorder,
     pack_words,

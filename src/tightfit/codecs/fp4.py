@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tightfit.quantize.codecs.base import Codec, Scales, Stored
-from tightfit.quantize.codecs.grids import (
+from tightfit.codecs.base import Codec, Scales, Stored
+from tightfit.codecs.grids import (
     FP4_MAX,
     FP8,
     FP8_MAX,
@@ -16,8 +16,8 @@ from tightfit.quantize.codecs.grids import (
     to_fp4,
     to_fp8,
 )
-from tightfit.quantize.codecs.mx import from_exponents, to_exponents
-from tightfit.quantize.codecs.packing import pack_nibbles, to_bytes, unpack_nibbles
+from tightfit.codecs.mx import from_exponents, to_exponents
+from tightfit.codecs.packing import pack_nibbles, to_bytes, unpack_nibbles
 
 
 class _Fp4(Codec):

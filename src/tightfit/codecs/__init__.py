@@ -2,13 +2,13 @@
 
 import torch
 
+from tightfit.codecs.base import Codec as Codec
+from tightfit.codecs.base import Scales as Scales
+from tightfit.codecs.base import Stored as Stored
+from tightfit.codecs.floats import Fp8Block, Fp8Channel, Fp8Tensor, MxFp8
+from tightfit.codecs.fp4 import MxFp4, NvFp4
+from tightfit.codecs.integers import Awq, Gptq, Int8, Packed
 from tightfit.model.quantization.written import GROUP_SIZE, Choice
-from tightfit.quantize.codecs.base import Codec as Codec
-from tightfit.quantize.codecs.base import Scales as Scales
-from tightfit.quantize.codecs.base import Stored as Stored
-from tightfit.quantize.codecs.floats import Fp8Block, Fp8Channel, Fp8Tensor, MxFp8
-from tightfit.quantize.codecs.fp4 import MxFp4, NvFp4
-from tightfit.quantize.codecs.integers import Awq, Gptq, Int8, Packed
 
 
 def codec(choice: Choice, dtype: torch.dtype) -> Codec:

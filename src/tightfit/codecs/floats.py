@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tightfit.quantize.codecs.base import Codec, Scales, Stored, stored_scale
-from tightfit.quantize.codecs.grids import FP8, FP8_MAX, from_fp8, to_fp8
-from tightfit.quantize.codecs.mx import from_exponents, to_exponents
+from tightfit.codecs.base import Codec, Scales, Stored, stored_scale
+from tightfit.codecs.grids import FP8, FP8_MAX, from_fp8, to_fp8
+from tightfit.codecs.mx import from_exponents, to_exponents
 
 
 class _Fp8(Codec):

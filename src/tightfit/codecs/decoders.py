@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from tightfit.checkpoint.header import TensorInfo
+from tightfit.codecs import Codec, Scales, Stored
+from tightfit.codecs.floats import Fp8Block, Fp8Channel, Fp8Tensor, MxFp8
+from tightfit.codecs.fp4 import MxFp4, NvFp4
+from tightfit.codecs.grids import from_fp8
+from tightfit.codecs.integers import Awq, Gptq, Int8, Packed
 from tightfit.model.quantization.forms import Form, Forms
-from tightfit.quantize.codecs import Codec, Scales, Stored
-from tightfit.quantize.codecs.floats import Fp8Block, Fp8Channel, Fp8Tensor, MxFp8
-from tightfit.quantize.codecs.fp4 import MxFp4, NvFp4
-from tightfit.quantize.codecs.grids import from_fp8
-from tightfit.quantize.codecs.integers import Awq, Gptq, Int8, Packed
 from tightfit.units import cdiv
 
 VALUES = ("weight", "weight_packed", "qweight")
