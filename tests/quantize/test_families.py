@@ -77,7 +77,7 @@ def test_every_tensor_is_accounted_for(name: str, tiny_model: TinyModel, tmp_pat
     assert description.from_headers
 
 
-@pytest.mark.parametrize("label", ["fp8-tensor", "w4a16 g32", "nvfp4a16"])
+@pytest.mark.parametrize("label", ["fp8-channel", "w4a16 g32", "nvfp4a16"])
 @pytest.mark.parametrize("name", STACKED)
 def test_stacked_experts_are_quantized_one_by_one(
     name: str, label: str, tiny_model: TinyModel, tmp_path: Path

@@ -42,7 +42,7 @@ LAYOUTS = {
 }
 TINY = {
     "qwen3_moe": [("fp8-channel", "tp2"), ("nvfp4a16", "tp2 pp2"), ("w4a16 g32", "ep2")],
-    "granitemoe": [("fp8-tensor", "tp2"), ("int8", "ep2")],
+    "granitemoe": [("fp8-channel", "tp2"), ("int8", "ep2")],
     "mixtral": [("w4a16-asym g32", "tp2"), ("mxfp8", "ep2")],
     "llama4": [("fp8-channel", "tp2 pp2")],
     "qwen3_vl": [("mxfp4", "tp2")],

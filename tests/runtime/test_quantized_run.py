@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.ranks import PROMPTS, all_logits, greedy, open_session
 from support.cli import tightfit
-from support.quantizing import CHOICES, quantize
+from support.quantizing import CHOICES, NOT_EXPERTS, quantize
 from support.smollm2 import smollm2_or_skip
 from support.tiny_models import make_tiny_model
 from support.work import write_shards
@@ -47,6 +47,12 @@ FAMILIES = {
 }
 NVFP4 = "nvfp4"
 LABELS = [*CHOICES, NVFP4]
+CASES = [
+    (family, label)
+    for family in FAMILIES
+    for label in LABELS
+    if family == "llama" or label not in NOT_EXPERTS
+]
 TOKENS = torch.tensor([PROMPTS[0]])
 GLOBAL_SCALE = 100.0
 
@@ -146,8 +152,7 @@ def assert_near(found: Tensor | None, wanted: Tensor, error: float) -> None:
     assert (found - wanted).norm() / wanted.norm() < error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize(("family", "label"), CASES)
 def test_logits_are_those_of_what_the_checkpoint_stands_for(
     family: str, label: str, quantized: Callable[[str, str], Path]
 ) -> None:
@@ -167,7 +172,7 @@ def test_logits_are_those_of_what_the_checkpoint_stands_for(
 def test_two_ranks_from_plain_checkpoints_and_from_rank_files(
     family: str, quantized: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    paths = {label: quantized(family, label) for label in LABELS}
+    paths = {label: quantized(family, label) for mine, label in CASES if mine == family}
     shards = []
     for path in paths.values():
         out = tmp_path / f"tp2-{path.name}"

@@ -40,6 +40,8 @@ CHOICES: Mapping[str, Choice] = {
 }
 """All schemes that need no calibration, in all formats, by label."""
 COMPRESSED = [label for label, one in CHOICES.items() if one.format == COMPRESSED_TENSORS]
+NOT_EXPERTS = ("fp8-tensor",)
+"""What vLLM does not load of experts, so that it is refused."""
 _ROOTS = ("weight", "weight_packed", "qweight")
 
 
