@@ -9,7 +9,7 @@ import torch
 from support.tiny_models import NAMES
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.checkpoint.source import LocalSource
-from tightfit.errors import UnsupportedModelError
+from tightfit.errors import CheckpointError, UnsupportedModelError
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize.job import prepare
 from tightfit.runtime import layerwise
@@ -94,6 +94,13 @@ def test_weights_and_inputs_can_be_replaced(tiny_model: TinyModel) -> None:
     assert layer.parameters[f"{name}.weight"] is layer.linears[name]
     again = model.layer(1)
     torch.testing.assert_close(again(hidden), after)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_tokens_without_a_row(token: int, tiny_model: TinyModel) -> None:
+    model = LayerwiseModel(opened(tiny_model("llama")))
+    with pytest.raises(CheckpointError, match=f"the token {token} has no row in the embedding"):
+        model.embed(torch.tensor([[5, token]]))
 
 
 class Distant(LocalSource):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe, require_weights
+from tightfit.errors import CheckpointError
 from tightfit.model.layout import Rank, RankTensor, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.recipe import Recipe
@@ -121,7 +122,20 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """int64 [samples, tokens] -> the residual stream before the first layer."""
+        """int64 [samples, tokens] -> the residual stream before the first layer.
+
+        Raises:
+            CheckpointError: the embedding has no row for a token.
+        """
+        (table,) = (w for w in self._weights if w.name == _EMBEDDING)
+        (part,) = table.parts
+        strange = token_ids[(token_ids < 0) | (token_ids >= part.rows)]
+        if len(strange):
+            raise CheckpointError(
+                f"the token {int(strange[0])} has no row in the embedding of "
+                f"{self.checkpoint.name}, which has {part.rows}",
+                hint="its tokenizer belongs to another model, or was changed",
+            )
         hidden = torch.empty(*token_ids.shape, self.spec.hidden_size, dtype=self.dtype)
         for first, rows in self._table(_EMBEDDING, token_ids.unique()):
             here = (token_ids >= first) & (token_ids < first + len(rows))
