@@ -132,6 +132,16 @@ def seen(x: Tensor) -> Inputs:
     return inputs
 
 
+def test_rows_are_kept_of_all_positions_of_windows() -> None:
+    positions = torch.arange(512).float().repeat(512)[:, None]
+    inputs = Inputs.nothing(1, gram=False, rows=True)
+    for windows in positions.split(8 * 512):
+        inputs.add(windows, 1 / 64)
+    assert inputs.rows is not None
+    assert inputs.rows.unique().tolist() == list(range(512))
+    assert torch.equal(inputs.rows, positions[::61])
+
+
 def test_inputs_are_summed_up() -> None:
     x = correlated()
     inputs = seen(x)

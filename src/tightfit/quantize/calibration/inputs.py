@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -36,6 +37,9 @@ class Inputs:
 
     def add(self, x: Tensor, share: float) -> None:
         """Take in `[tokens, columns]`, of which `share` are kept as they are, if any."""
+        step = _prime(max(1, round(1 / share)))
+        # Every `step`-th token of all, wherever a call begins.
+        kept = x[-self.tokens % step :: step]
         self.tokens += len(x)
         size = x.abs()
         if len(x):
@@ -44,7 +48,7 @@ class Inputs:
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
         if self.rows is not None:
-            self.rows = torch.cat([self.rows, x[:: max(1, round(1 / share))]])
+            self.rows = torch.cat([self.rows, kept])
 
     @property
     def mean(self) -> Tensor:
@@ -65,6 +69,11 @@ class Inputs:
             self.gram.div_(scales).div_(scales[:, None])
         if self.rows is not None:
             self.rows.div_(scales)
+
+
+def _prime(most: int) -> int:
+    """The largest up to `most`: a step that meets all positions of windows of a round length."""
+    return next(n for n in range(most, 0, -1) if all(n % d for d in range(2, isqrt(n) + 1)))
 
 
 class Collector:
