@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.model.layout import Rank, RankTensor
 from tightfit.sharding.job import Job
 from tightfit.sharding.parts import Part, fill, make_part
@@ -38,6 +39,12 @@ class PlainJob(Job):
     def index(self) -> str | None:
         """What says which tensor is in which file, if they are several."""
         return _index(self.parts) if len(self.parts) > 1 else None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The files without which it is not complete."""
+        beside = {CONFIG} if self.index is None else {CONFIG, INDEX}
+        return frozenset(beside | {part.name for part in self.parts})
 
 
 def plain_parts(tensors: Iterable[RankTensor], max_shard_bytes: int) -> tuple[Part, ...]:

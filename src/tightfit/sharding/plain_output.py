@@ -66,10 +66,10 @@ class PlainOutput(ShardOutput):
                 if other is not None and other.get(key) != mine[key]:
                     raise OutputError(
                         f"{path} is the beginning of another {self._plain.verb}: its {key} is "
-                        f"{other.get(key)!r:.80}, and not {mine[key]!r}",
+                        f"{other.get(key)!r:.80}, and not {mine[key]!r:.80}",
                         hint="give a new directory, or the same options and source as there",
                     )
-        elif self._resume and not foreign and parts <= names and CONFIG in names:
+        elif self._resume and not foreign and names >= self._plain.needed:
             self.finished = True
             # Nothing of it is ours to remove.
             self._committed = True

@@ -41,7 +41,7 @@ def write_to(
     place = RemoteDirectory(url)
     names = place.names()
     notes = {part_note(part.rank.rank, part.name) for part in job.parts}
-    if resume and not names & notes and names >= {CONFIG, job.manifest_name, *_parts(job)}:
+    if resume and not names & notes and names >= {job.manifest_name, *job.needed}:
         return False
     if names:
         _check_there(place, names, notes, job, resume=resume)
@@ -85,6 +85,6 @@ def _check_there(
             if other is not None and other.get(key) != value:
                 raise OutputError(
                     f"{place.label} is the beginning of another {job.verb}: its {key} is "
-                    f"{other.get(key)!r:.80}, and not {value!r}",
+                    f"{other.get(key)!r:.80}, and not {value!r:.80}",
                     hint="give a new directory, or the same options and source as there",
                 )
