@@ -125,6 +125,9 @@ def test_online_blocks_are_made_after_cutting() -> None:
 
 def test_what_stays_unquantized() -> None:
     for scheme in (*ONLINE, *SCHEMES):
+        if scheme == "fp8-tensor":
+            # vLLM has no such experts.
+            continue
         spec = quantize_spec(model_spec(EXPERTS), scheme)
         dtypes = {w.name: w.held_dtype(spec.dtype) for w in loaded_parameters(spec)}
         kept = (

@@ -83,11 +83,16 @@ def test_matrices_that_no_quantized_checkpoint_holds(name: str) -> None:
         written(plain_spec(name), WISHES["int8"])
 
 
+MIXTURES = ("Qwen3-30B-A3B", "DeepSeek-V2-Lite", "Qwen3-VL-30B-A3B-Instruct")
+
+
 @pytest.mark.parametrize("label", WISHES)
-@pytest.mark.parametrize(
-    "name", ["Llama-3.1-8B", "Qwen3-30B-A3B", "DeepSeek-V2-Lite", "Qwen3-VL-30B-A3B-Instruct"]
-)
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", *MIXTURES])
 def test_every_scheme(name: str, label: str) -> None:
+    if label == "fp8-tensor" and name in MIXTURES:
+        with pytest.raises(UnsupportedModelError, match="only with static scales"):
+            written(plain_spec(name), WISHES[label])
+        return
     assert_says_what_is_written(plain_spec(name), WISHES[label])
 
 

@@ -41,7 +41,7 @@ def test_bytes_of_every_scheme(name: str, tiny_model: Callable[[str], Path]) -> 
         if job is not None:
             fitting += 1
             assert planned_bytes(model, label) == bytes_of(job), label
-    assert fitting >= len(WISHES) - 2
+    assert fitting >= len(WISHES) - 3
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_vl_moe", "granitemoe"])
@@ -146,12 +146,12 @@ def opened(checkpoint: Checkpoint) -> OpenedModel:
 
 
 def prepared(model: OpenedModel, wish: Wish) -> QuantizeJob | None:
-    """None if blocks do not divide what engines fuse, which plans refuse as well."""
+    """None if engines could not load it, which plans refuse as well."""
     try:
         return prepare(model.checkpoint, wish)
-    except LayoutError:
-        assert {choice.scheme for choice in wish.choices} == {"fp8-block"}
-        with pytest.raises(LayoutError):
+    except (LayoutError, UnsupportedModelError):
+        assert {choice.scheme for choice in wish.choices} <= {"fp8-block", "fp8-tensor"}
+        with pytest.raises((LayoutError, UnsupportedModelError)):
             model.plan(PlanOptions(quantization_recipe=wish))
         return None
 

@@ -104,9 +104,7 @@ def _refusals(
     found: defaultdict[tuple[Choice, str], list[Weight]] = defaultdict(list)
     for weight in matrices(spec):
         choice = decisions[module_name(split_experts(weight).parts[0].source)]
-        if choice is None:
-            continue
-        if reason := unloadable(weight, choice) or problem(weight, fitted, parallel):
+        if choice is not None and (reason := problem(weight, fitted, parallel)):
             found[choice, reason].append(weight)
     for (choice, reason), weights in found.items():
         modules = [
@@ -120,17 +118,6 @@ def _refusals(
             reason=reason,
             remedy=_remedy(spec, wish, choice, weights, parallel),
         )
-
-
-def unloadable(weight: Weight, choice: Choice) -> str | None:
-    """Why engines would not load a weight in a scheme that holds it; None if they do."""
-    if weight.experts and choice.scheme == "fp8-tensor":
-        # vLLM asserts it (`compressed_tensors_moe_w8a8_fp8.py`, 0.25 to 0.32).
-        return (
-            "vLLM multiplies experts whose weights have one scale only with static scales of "
-            "activations, which this scheme has not"
-        )
-    return None
 
 
 def problem(weight: Weight, recipe: Recipe, parallel: Parallel) -> str | None:

@@ -114,7 +114,7 @@ _Match = Callable[[str], re.Match[str] | None]
 
 def _compile(patterns: tuple[str, ...]) -> tuple[_Match, ...]:
     for pattern in patterns:
-        if _may_explode(pattern):
+        if may_explode(pattern):
             raise UnsupportedModelError(
                 f"quantization_config has the pattern {pattern[:60]!r}, whose nested or many "
                 "repeats could take forever to match",
@@ -130,7 +130,7 @@ def _compile(patterns: tuple[str, ...]) -> tuple[_Match, ...]:
     return tuple(found)
 
 
-def _may_explode(pattern: str) -> bool:
+def may_explode(pattern: str) -> bool:
     """Whether a repeated group has repeats inside, or there are many in a row."""
     repeats, inside, at = 0, [False], 0
     while at < len(pattern):

@@ -16,7 +16,7 @@ from tightfit.model.layout import Rank, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization import compressed_tensors, modelopt, schemes
 from tightfit.model.quantization.forms import Forms
-from tightfit.model.quantization.matching import Names
+from tightfit.model.quantization.matching import Names, may_explode
 from tightfit.model.quantization.recipe import Recipe, Rule, split_experts
 from tightfit.model.spec import ModelSpec
 
@@ -164,7 +164,7 @@ def decide(spec: ModelSpec, wish: Wish) -> Decisions:
     """What becomes of every matrix that can be quantized.
 
     Raises:
-        UsageError: a rule matches nothing, or is no regular expression.
+        UsageError: a rule matches nothing, is no regular expression, or could take forever.
     """
     kept = frozenset(_kept(spec))
     patterns = [(_compiled(pattern), choice) for pattern, choice in wish.rules]
@@ -236,14 +236,22 @@ def check_together(spec: ModelSpec, decisions: Decisions) -> None:
     """What engines hold as one is quantized in one way, and so are all matrices of experts.
 
     Raises:
-        UnsupportedModelError: it is not, or nothing is quantized at all.
+        UnsupportedModelError: it is not, nothing is quantized at all, or engines have no such
+            experts.
     """
     together: dict[str, dict[str, Choice | None]] = {}
     for weight in matrices(spec):
         name = weight.name.rpartition(".")[0] if weight.experts else weight.name
         for part in split_experts(weight).parts:
             module = module_name(part.source)
-            together.setdefault(name, {})[module] = decisions[module]
+            together.setdefault(name, {})[module] = choice = decisions[module]
+            if weight.experts and choice is not None and choice.scheme == "fp8-tensor":
+                # vLLM asserts it (`compressed_tensors_moe_w8a8_fp8.py`, 0.25 to 0.32).
+                raise UnsupportedModelError(
+                    f"{module} in {choice.label}: vLLM multiplies experts whose weights have one "
+                    "scale only with static scales of activations, which this scheme has not",
+                    hint="use fp8-channel, or leave experts as they are (--ignore '\\.experts\\.')",
+                )
     for name, parts in together.items():
         if len(set(parts.values())) > 1:
             each = ", ".join(f"{m} {c.label if c else 'as it is'}" for m, c in parts.items())
@@ -276,6 +284,12 @@ def _check_storage(weight: Weight) -> None:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    if may_explode(pattern):
+        raise UsageError(
+            f"the pattern {pattern[:80]!r} could take forever to match: its repeats are nested, "
+            "or many",
+            hint="write it without groups that repeat what repeats; or as several patterns",
+        )
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
