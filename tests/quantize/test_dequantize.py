@@ -35,6 +35,16 @@ STORED_OTHERWISE = ("dbrx", "gpt2", "gpt_oss", "mamba", "mamba2")
 QUANTIZED = [name for name in (*NAMES, *FAMILIES, *MEDIA) if name not in STORED_OTHERWISE]
 TORCH = {"F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I8": torch.int8, "F32": torch.float32}
 TORCH |= {"I32": torch.int32, "I64": torch.int64, None: torch.bfloat16}
+LLAMA4 = {
+    **QWEN3_MOE,
+    "architectures": ["Llama4ForCausalLM"],
+    "model_type": "llama4_text",
+    "intermediate_size": 128,
+    "intermediate_size_mlp": 384,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 1,
+    "attention_chunk_size": 128,
+}
 QKV = "model.layers.1.self_attn.q_proj"
 
 
@@ -271,17 +281,7 @@ def test_sorted_inputs_are_refused_also_where_no_config_tells(moe: Path, tmp_pat
 
 
 def test_stacked_experts_are_stacked_again(tmp_path: Path) -> None:
-    config = {
-        **QWEN3_MOE,
-        "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text",
-        "intermediate_size": 128,
-        "intermediate_size_mlp": 384,
-        "num_local_experts": 4,
-        "interleave_moe_layer_step": 1,
-        "attention_chunk_size": 128,
-    }
-    model = write_seeded_model(config, tmp_path / "model")
+    model = write_seeded_model(LLAMA4, tmp_path / "model")
     this = job(model, "int8")
     found = open_dequantized(this.virtual)
     assert set(found.tensors()) == set(this.checkpoint.tensors())
@@ -290,6 +290,18 @@ def test_stacked_experts_are_stacked_again(tmp_path: Path) -> None:
     assert decoded.shape == original.shape
     error = (decoded.float() - original.float()).norm() / original.float().norm()
     assert 0 < error < 0.03
+
+
+def test_experts_of_which_one_is_missing_stay_apart(tmp_path: Path) -> None:
+    this = job(write_seeded_model(LLAMA4, tmp_path / "model"), "int8")
+    assert this.quantized_spec.quantization is not None
+    decoded = dequantize._decoded(this.quantized_spec.quantization, this.virtual.tensors())
+    experts = "model.layers.1.feed_forward.experts"
+    del decoded[f"{experts}.3.up_proj"]
+    made = dequantize._made(this.quantized_spec, decoded)
+    names = {output.name for one in made for output in one.outputs.values()}
+    assert {f"{experts}.{i}.gate_proj.weight" for i in range(4)} <= names
+    assert f"{experts}.gate_up_proj" not in names
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

@@ -207,17 +207,20 @@ def _made(spec: ModelSpec, decoded: dict[str, StoredMatrix]) -> Iterator[Made[De
 
 
 def _stacked(weight: Weight, dtype: str, left: dict[str, StoredMatrix]) -> Iterator[Made[Decoded]]:
+    modules = [
+        (apart.source.format(expert=expert).removesuffix(".weight"), part, expert)
+        for part, apart in zip(weight.parts, split_experts(weight).parts, strict=True)
+        for expert in range(weight.experts)
+    ]
+    if any(module not in left for module, _, _ in modules):
+        return
     members: dict[str, list[Member]] = {}
-    for part, apart in zip(weight.parts, split_experts(weight).parts, strict=True):
-        for expert in range(weight.experts):
-            module = apart.source.format(expert=expert).removesuffix(".weight")
-            if module not in left:
-                return
-            rows, first, pitch = place(weight, part, expert)
-            matrix = left.pop(module)
-            assert (matrix.rows, matrix.columns) == (rows, weight.columns), module
-            member = Member(stored=matrix, first=first, pitch=pitch, transposed=weight.transposed)
-            members.setdefault(part.source, []).append(member)
+    for module, part, expert in modules:
+        rows, first, pitch = place(weight, part, expert)
+        matrix = left.pop(module)
+        assert (matrix.rows, matrix.columns) == (rows, weight.columns), module
+        member = Member(stored=matrix, first=first, pitch=pitch, transposed=weight.transposed)
+        members.setdefault(part.source, []).append(member)
     for name, shape in sources_of(weight).items():
         yield _tensor(name, shape, dtype, tuple(members[name]))
 
