@@ -194,7 +194,44 @@ def test_a_ray_cluster_writes_the_same(
         (["--scheme", "int8", "--max-shard-size", "1KB"], "--max-shard-size 1KB is too small"),
         (
             ["--scheme", "int8", "--budget", "1GiB"],
-            "--budget 1GiB finds a recipe, and there is one already",
+            "--budget 1GiB finds the recipe, and --scheme int8 is a part of one",
+        ),
+        (
+            ["--budget", "1GiB", "--kv-cache", "fp8"],
+            "--budget 1GiB finds the recipe, and --kv-cache fp8 is a part of one",
+        ),
+        (
+            ["--budget", "1GiB", "--format", "gptq"],
+            "--budget 1GiB finds the recipe, and --format gptq is a part of one",
+        ),
+        (
+            ["--budget", "1GiB", "--group-size", "64"],
+            "--budget 1GiB finds the recipe, and --group-size 64 is a part of one",
+        ),
+        (
+            ["--budget", "1GiB", "--method", "awq"],
+            "--budget 1GiB tries fp8-channel and w4a16, and the method awq is not for both",
+        ),
+        (
+            ["--budget", "1GiB", "--method", "gptq", "--backend", "optimum"],
+            "--budget 1GiB tries schemes that the backend optimum does not have",
+        ),
+        (
+            ["--scheme", "w4a16", "--method", "gptq", "--backend", "optimum", "--dequantize"],
+            "the backend optimum reads the files of the model, which --dequantize would decode",
+        ),
+        (
+            ["--scheme", "int8", "--calibration-samples", "0"],
+            "--calibration-samples 0 is out of range",
+        ),
+        (
+            ["--scheme", "int8", "--calibration-length", "-1"],
+            "--calibration-length -1 is out of range",
+        ),
+        (["--recipe", "/dev/zero"], "/dev/zero is too large for a recipe"),
+        (
+            ["--scheme", "int8", "--report", "no/such/page.html"],
+            "--report no/such/page.html: there is no directory no/such",
         ),
         (
             ["--scheme", "int8", "--calibration", "x.txt"],

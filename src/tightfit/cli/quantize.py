@@ -184,14 +184,18 @@ def quantize(
             hint="leave out --executor",
         )
     request.check_method(method, backend)
-    request.require_packages()
+    request.check_backend(backend, dequantize=dequantize)
+    request.check_samples(calibration_samples, calibration_length)
     if report is not None:
-        from tightfit.cli.report.quality import check_suffix
-
-        check_suffix(report)
+        request.check_report(report, out)
     patterns = tuple(ignore or ())
     wish = None
-    if budget is None or scheme is not None or recipe is not None:
+    if budget is not None:
+        flags = {"--scheme": scheme, "--recipe": recipe, "--group-size": group_size}
+        flags |= {"--format": file_format, "--kv-cache": kv_cache}
+        request.check_budget(budget, method, backend, flags)
+    request.require_packages()
+    if budget is None:
         wish = request.wish_from(
             recipe,
             scheme=scheme,
@@ -200,11 +204,6 @@ def quantize(
             kv_cache=kv_cache,
             ignore=patterns,
         )
-        if budget is not None:
-            raise UsageError(
-                f"--budget {budget} finds a recipe, and there is one already",
-                hint="leave out --scheme and --recipe",
-            )
     from tightfit.cli import quantize_view as view
     from tightfit.cli.quantize_steps import Asked, carry_out
     from tightfit.quantize.admission import RefusedError

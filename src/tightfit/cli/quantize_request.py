@@ -1,10 +1,12 @@
 """The options of `quantize`, checked against each other before anything is opened."""
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.errors import MissingExtraError, UsageError
 from tightfit.model.quantization.written import Wish
 from tightfit.quantize.recipe_file import KV_CACHE, METHODS, read_recipe, wish_of
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("own", "optimum")
 """Who computes GPTQ."""
+_SHORTEST = 8
+"""Tokens of a sample."""
 
 
 def require_packages() -> None:
@@ -41,6 +45,82 @@ def check_method(method: str, backend: str) -> None:
         )
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", hint="--method " + "|".join(METHODS))
+
+
+def check_backend(backend: str, *, dequantize: bool) -> None:
+    """Refuse a model that only our own backend can read.
+
+    Raises:
+        UsageError: it is decoded while it is read, which optimum does not do.
+    """
+    if dequantize and backend != "own":
+        raise UsageError(
+            f"the backend {backend} reads the files of the model, which --dequantize would decode",
+            hint="leave out --backend, or --dequantize it to a checkpoint of its own first",
+        )
+
+
+def check_samples(samples: int, length: int) -> None:
+    """Refuse numbers that are out of range, whether or not there is text.
+
+    Raises:
+        UsageError: one is.
+    """
+    for flag, value, least in (("samples", samples, 1), ("length", length, _SHORTEST)):
+        if value < least:
+            raise UsageError(
+                f"--calibration-{flag} {value} is out of range", hint=f"at least {least}"
+            )
+
+
+def check_budget(budget: str, method: str, backend: str, flags: Mapping[str, object]) -> None:
+    """Refuse what does not go with the recipes that a budget tries.
+
+    Args:
+        budget: as it was given.
+        method: how values are chosen.
+        backend: who computes it.
+        flags: by name, those that say something of the recipe; None is not given.
+
+    Raises:
+        UsageError: one of them is given, or the method or the backend does not have the schemes.
+    """
+    for flag, value in flags.items():
+        if value is not None:
+            raise UsageError(
+                f"--budget {budget} finds the recipe, and {flag} {value} is a part of one",
+                hint=f"leave out {flag}",
+            )
+    if backend != "own":
+        raise UsageError(
+            f"--budget {budget} tries schemes that the backend {backend} does not have",
+            hint="leave out --backend",
+        )
+    if method in ("awq", "smoothquant"):
+        raise UsageError(
+            f"--budget {budget} tries fp8-channel and w4a16, and the method {method} is not for "
+            "both",
+            hint="--method rtn, mse or gptq",
+        )
+
+
+def check_report(report: Path, out: str) -> None:
+    """Refuse a report that could not be written in the end.
+
+    Raises:
+        UsageError: another suffix, or no such directory.
+    """
+    from tightfit.cli.report.quality import check_suffix
+
+    check_suffix(report)
+    place = os.path.abspath(report.parent)
+    is_output = not is_remote(out) and place == os.path.abspath(local_path_of(out))
+    if not is_output and not os.path.isdir(place):
+        raise UsageError(
+            f"--report {report}: there is no directory {report.parent}", hint="make it first"
+        )
+    if report.is_dir():
+        raise UsageError(f"--report {report} is a directory", hint="give a file in it")
 
 
 def wish_from(

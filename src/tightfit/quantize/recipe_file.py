@@ -35,9 +35,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        if path.stat().st_size > _LARGEST_BYTES:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_BYTES + 1)
+        if len(content) > _LARGEST_BYTES:
             raise UsageError(f"{path} is too large for a recipe", hint="at most 4 MiB")
-        document = yaml.safe_load(path.read_bytes())
+        document = yaml.safe_load(content)
     except OSError as error:
         raise UsageError(
             f"cannot read the recipe {path}: {error.strerror}", hint="check the path"
