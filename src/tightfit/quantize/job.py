@@ -137,5 +137,12 @@ def _others(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> Iterator[str]
     """Modules of matrices that are no part of the model: of layers that predict further tokens."""
     known = expected_sources(spec)
     for name, info in tensors.items():
-        if name not in known and name.endswith(".weight") and len(info.shape) > 1:
+        if name in known:
+            continue
+        container, inside, last = name.rpartition(".experts.")
+        if name.endswith(".weight") and len(info.shape) > 1:
             yield name.removesuffix(".weight")
+        elif inside and len(info.shape) == 3:
+            # Engines ask for stacked ones by the names that they would have one by one.
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            yield from (f"{container}.experts.0.{part}" for part in parts)
