@@ -18,7 +18,13 @@ from support.work import digests
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import LocalSource, open_source
 from tightfit.cli.output import NoProgress
-from tightfit.errors import CheckpointError, LayoutError, OutputError, UnsupportedModelError
+from tightfit.errors import (
+    CheckpointError,
+    LayoutError,
+    OutputError,
+    UnsupportedModelError,
+    UsageError,
+)
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize import computed_source, encoding
 from tightfit.quantize.admission import RefusedError, lost_sizes
@@ -343,6 +349,54 @@ def test_damage_is_found_by_name(llama: Path, tmp_path: Path) -> None:
     found = verify(LocalSource(out), NoProgress(), None).problems
     assert found[0].startswith("more.safetensors is not in tightfit-quantize.json")
     assert found[1] == "the quantization_config in config.json is not the one that was written"
+
+
+def test_what_is_beside_the_weights_is_verified(llama: Path, tmp_path: Path) -> None:
+    out, job = tmp_path / "out", files_of(llama)
+    write(job, out, NoProgress())
+    index, config = out / "model.safetensors.index.json", out / "config.json"
+
+    def problems() -> tuple[str, ...]:
+        return verify(LocalSource(out), NoProgress(), None).problems
+
+    assert problems() == ()
+    text, document = index.read_text(), json.loads(index.read_text())
+    index.unlink()
+    assert problems() == (
+        f"{index.name} is missing, which says that the weights are several files",
+    )
+    with pytest.raises(OutputError, match="is not empty"):
+        write(job, out, NoProgress(), resume=True)
+    weight_map = dict.fromkeys(document["weight_map"], "model-00009-of-00009.safetensors")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert problems() == (f"{index.name} is not the one that was written",)
+    with pytest.raises(OutputError, match=r"finished, and damaged: model\.safetensors\.index"):
+        write(job, out, NoProgress(), resume=True)
+    index.write_text(text)
+    changed = json.loads(config.read_text()) | {"num_hidden_layers": 1}
+    config.write_text(json.dumps(changed))
+    assert problems() == ("config.json is not the one that was written",)
+    # Older versions noted no checksums of these.
+    manifest = json.loads((out / NAME).read_text())
+    del manifest["beside"]
+    (out / NAME).write_text(json.dumps(manifest))
+    assert problems() == ()
+
+
+def test_what_is_to_be_calibrated_is_not_made_without(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"input_global_scale depends on what the model sees"):
+        write(files_of(llama, wish("nvfp4")), tmp_path / "out", NoProgress())
+    asked = Wish(default=Choice(scheme="int8"), kv_cache=True)
+    with pytest.raises(UsageError, match="scales of a KV cache"):
+        write(files_of(llama, asked), tmp_path / "out", NoProgress())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", ".*" * 9 + "x"])
+def test_patterns_that_could_take_forever(pattern: str, llama: Path) -> None:
+    with pytest.raises(UsageError, match="could take forever") as e:
+        job_of(llama, wish("int8", None, (pattern, None)))
+    assert repr(pattern) in e.value.message
 
 
 def test_another_source_is_found(llama: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, uint8
 
 from tightfit.checkpoint.header import TensorInfo, encode_header, read_header
 from tightfit.checkpoint.source import Source
-from tightfit.errors import CheckpointError
+from tightfit.errors import CheckpointError, UsageError
 from tightfit.quantize.matrices import Output
 from tightfit.units import MiB, dtype_bytes
 
@@ -246,6 +246,11 @@ class ComputedSource(ABC, Generic[U]):
         tensors = self.make(unit.unit)
         found = {}
         for kind, output in unit.outputs.items():
+            if kind not in tensors:
+                raise UsageError(
+                    f"{output.name} depends on what the model sees, and was not given",
+                    hint="calibrate first, and prepare the job with `given`",
+                )
             tensor = tensors[kind]
             assert tensor.numel() == prod(output.shape), (output, tensor.shape)
             found[kind] = tensor.contiguous().view(-1).view(uint8).numpy().data

@@ -4,13 +4,16 @@ Engines ignore it. The config comes after it, so that a directory with both is a
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
+
 from tightfit import __version__
+from tightfit.checkpoint.files import CONFIG, INDEX, find_weights, read_config
 from tightfit.checkpoint.source import Source
-from tightfit.errors import VerificationError
+from tightfit.errors import TightfitError, VerificationError
 from tightfit.sharding.manifest import StoredFile, stored_files
 
 NAME = "tightfit-quantize.json"
@@ -29,6 +32,8 @@ class Manifest:
     recipe: Mapping[str, Any]
     job: Mapping[str, Any]
     files: tuple[StoredFile, ...]
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Checksums of the config and the index, by name; none of older versions."""
     tightfit: str = __version__
 
     @property
@@ -44,6 +49,7 @@ class Manifest:
             "source": self.source_name,
             "recipe": dict(self.recipe),
             "job": dict(self.job),
+            "beside": dict(self.beside),
             "files": [file.to_json() for file in self.files],
         }
         return json.dumps(document, separators=(",", ":")).encode()
@@ -72,6 +78,7 @@ def read_manifest(place: Source) -> Manifest:
             recipe=recipe,
             job=job,
             files=stored_files(document["files"]),
+            beside=dict(document.get("beside", {})),
         )
     except (
         *(KeyError, TypeError, ValueError, AttributeError),
@@ -82,3 +89,31 @@ def read_manifest(place: Source) -> Manifest:
             f"{type(error).__name__}: {error!s:.80}",
             hint="quantize the model again",
         ) from None
+
+
+def problems_beside(place: Source, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the config and the index, which make a checkpoint of the files."""
+    try:
+        config, index = read_config(place), find_weights(place).index
+    except TightfitError as error:
+        yield error.message
+        return
+    if config.get("quantization_config") != manifest.job.get("quantization_config"):
+        yield f"the quantization_config in {CONFIG} is not the one that was written"
+    elif _differs(place, CONFIG, manifest):
+        yield f"{CONFIG} is not the one that was written"
+    files = {one.name: file.name for file in manifest.files for one in file.tensors}
+    if not place.exists(INDEX):
+        if len(manifest.files) > 1:
+            yield f"{INDEX} is missing, which says that the weights are several files"
+    elif index != files or _differs(place, INDEX, manifest):
+        yield f"{INDEX} is not the one that was written"
+
+
+def digest(data: bytes) -> str:
+    """The checksum of a file beside the weights."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def _differs(place: Source, name: str, manifest: Manifest) -> bool:
+    return name in manifest.beside and digest(place.read(name)) != manifest.beside[name]

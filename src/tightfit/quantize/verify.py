@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
-from tightfit.checkpoint.files import CONFIG, read_config
 from tightfit.checkpoint.source import Source
-from tightfit.errors import TightfitError, UsageError
-from tightfit.quantize.manifest import NAME, Manifest, read_manifest
+from tightfit.errors import UsageError
+from tightfit.quantize.manifest import NAME, Manifest, problems_beside, read_manifest
 from tightfit.quantize.recipe_file import wish_of
 from tightfit.sharding.boxes import whole
 from tightfit.sharding.manifest import StoredFile
@@ -71,7 +70,7 @@ def verify(place: Source, progress: Progress, against: str | None) -> Report:
             f"{place.label} was calibrated ({manifest.method}), and cannot be made again for this",
             hint="without --against its checksums are verified",
         )
-    problems = [*_strays(place, manifest), *_config(place, manifest)]
+    problems = [*_strays(place, manifest), *problems_beside(place, manifest)]
     good = []
     for file in manifest.files:
         found = [*file_problems(place, file)]
@@ -91,16 +90,6 @@ def _strays(place: Source, manifest: Manifest) -> Iterator[str]:
     for name in place.files():
         if name.endswith(".safetensors") and name not in listed:
             yield f"{name} is not in {NAME}; engines would load it as well"
-
-
-def _config(place: Source, manifest: Manifest) -> Iterator[str]:
-    try:
-        config = read_config(place)
-    except TightfitError as error:
-        yield error.message
-        return
-    if config.get("quantization_config") != manifest.job.get("quantization_config"):
-        yield f"the quantization_config in {CONFIG} is not the one that was written"
 
 
 def _against(

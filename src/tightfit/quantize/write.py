@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from tightfit.checkpoint.files import CONFIG
+from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
 from tightfit.errors import OutputError, UsageError
 from tightfit.executors import Executor
 from tightfit.model.layout import Parallel, RankTensor
 from tightfit.quantize.computed_source import ComputedSource
 from tightfit.quantize.job import QuantizeJob
-from tightfit.quantize.manifest import NAME, Manifest, read_manifest
+from tightfit.quantize.manifest import NAME, Manifest, digest, problems_beside, read_manifest
 from tightfit.quantize.recipe_file import document_of
 from tightfit.sharding.boxes import whole
 from tightfit.sharding.copies import plan_copies
@@ -55,12 +55,19 @@ class WriteJob(PlainJob):
             "calibration": dict(self.calibration),
         }
 
+    @property
+    def beside(self) -> Mapping[str, bytes]:
+        """What makes a checkpoint of the files."""
+        index = {} if self.index is None else {INDEX: self.index.encode()}
+        return {**index, CONFIG: self.config_text.encode()}
+
     def manifest(self, checksums: Mapping[tuple[str, str], str]) -> bytes:
         """What vouches for the files: how they were made, and a checksum of every tensor."""
         return Manifest(
             source_name=self.checkpoint.name,
             recipe=self.recipe,
             job=self.identity,
+            beside={name: digest(data) for name, data in self.beside.items()},
             files=tuple(
                 replace(file, tensors=tuple(replace(one, pieces=()) for one in file.tensors))
                 for file in (stored_file(part, checksums) for part in self.parts)
@@ -129,9 +136,14 @@ def write(
         CheckpointError: a source file is truncated, holds what cannot be quantized, or changed
             meanwhile.
         TaskLostError: workers of the executor died, again and again.
-        UsageError: an executor cannot write to a URL.
+        UsageError: an executor cannot write to a URL, or something was to be calibrated before.
     """
     out = str(out)
+    if job.recipe.get("kv_cache") and not job.calibration:
+        raise UsageError(
+            "scales of a KV cache depend on what the model sees, and were not given",
+            hint="calibrate first, and prepare the job with `given`",
+        )
     with one_thread_each():
         if is_remote(out):
             from tightfit.sharding.remote.plain import write_to
@@ -201,7 +213,8 @@ def _require_same(job: WriteJob, place: Source, progress: Progress, *, but: str 
                 f"{manifest.job.get(key)!r:.80}, and not {value!r:.80}",
                 hint="give a new directory, or the same options and source as there",
             )
-    found = [one for file in manifest.files for one in file_problems(place, file)]
+    found = [*problems_beside(place, manifest)]
+    found += [one for file in manifest.files for one in file_problems(place, file)]
     found = found or [*damages(place, manifest.files, progress)]
     if found:
         raise OutputError(
