@@ -19,6 +19,7 @@ from tightfit.errors import CheckpointError, OutputError, UsageError
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed
 from tightfit.quantize.calibration import layer as layer_module
+from tightfit.quantize.calibration.directory import LAYERS, directory_for, remove_own
 from tightfit.quantize.calibration.inputs import Inputs
 from tightfit.quantize.calibration.observers import Observer
 from tightfit.quantize.calibration.samples import token_windows
@@ -244,9 +245,36 @@ def test_another_calibration_is_not_taken_over(
     ):
         with pytest.raises(OutputError, match="another calibration"):
             calibrate(job, other, work, NoProgress(), resume=True)
-    (work / "notes.txt").write_text("mine")
+    (work / "layer-notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not of a calibration"):
         calibrate(job_of(llama, "w4a16", "gptq"), options, work, NoProgress(), resume=True)
+    remove_own(work, LAYERS)
+    assert [path.name for path in work.iterdir()] == ["layer-notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"identity": [], "layers": [], "hidden": null}',
+        '{"identity": {}, "layers": 3, "hidden": 1}',
+    ],
+)
+def test_a_journal_that_is_none_counts_for_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    state = State(tmp_path, {"method": "gptq"}, resume=True)
+    assert (state.done, state.has_begun) == (0, False)
+
+
+def test_where_calibration_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert directory_for(".") == tmp_path / "here.calibration"
+    assert directory_for("file:///a/out/") == Path("/a/out.calibration")
+    found = directory_for("s3://bucket/out")
+    assert found.parent == tmp_path / "cache" / "calibration"
+    assert found.parent.stat().st_mode & 0o777 == 0o700
+    assert found != directory_for("s3://bucket/other")
 
 
 def test_experts_that_see_few_tokens_are_named(

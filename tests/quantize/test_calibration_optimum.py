@@ -14,11 +14,13 @@ from torch import Tensor
 
 from support.seeded_models import LLAMA, write_seeded_model
 from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.cli.main import build
 from tightfit.cli.output import NoProgress
 from tightfit.codecs.integers import Gptq
 from tightfit.errors import CheckpointError, MissingExtraError, UsageError
 from tightfit.model.quantization.written import Choice, Wish
 from tightfit.quantize.calibration import CalibrationOptions
+from tightfit.quantize.calibration.directory import RefusedDirectoryError
 from tightfit.quantize.calibration.optimum_backend import calibrate_by_optimum
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.write import write, write_job
@@ -169,6 +171,35 @@ def test_what_it_cannot_do_is_refused(
         with pytest.raises(UsageError, match="the backend optimum"):
             calibrate_by_optimum(job, options, tmp_path / "work")
     assert not fake.calls
+
+
+def test_files_of_others_stay(
+    llama: Path,
+    options: CalibrationOptions,
+    fake: type[FakeQuantizer],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, work = tmp_path / "out", tmp_path / "out.calibration"
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
+    words = ["quantize", str(llama), str(out), "--scheme", "w4a16", "--group-size", "64"]
+    words += ["--format", "gptq", "--method", "gptq", "--backend", "optimum"]
+    words += ["--calibration", str(options.texts[0]), "--calibration-length", "16"]
+    for more in ([], ["--resume"]):
+        with pytest.raises(SystemExit, match="2"):
+            build([*words, *more])([*words, *more])
+        said = capsys.readouterr().err
+        assert str(work) in said
+        assert "goes on with them" not in said
+        with pytest.raises(RefusedDirectoryError):
+            calibrate_by_optimum(job_of(llama), options, work, resume=bool(more))
+    assert [path.name for path in work.iterdir()] == ["notes.txt"]
+    assert not fake.calls
+    (work / "notes.txt").rename(tmp_path / "notes.txt")
+    with pytest.raises(SystemExit, match="0"):
+        build(words)(words)
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("name", ["optimum.gptq", "transformers", "gptqmodel"])

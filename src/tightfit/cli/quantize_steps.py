@@ -1,7 +1,6 @@
 """What `quantize` does, one after the other: find a recipe, calibrate, write, measure."""
 
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli.output import NoProgress, note, warn
 from tightfit.cli.quantize_request import calibration_from, fingerprint, read_text
 from tightfit.errors import UsageError
@@ -20,6 +16,15 @@ from tightfit.executors import Executor
 from tightfit.model.quantization.written import Wish
 from tightfit.quantize.admission import lost_sizes
 from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed
+from tightfit.quantize.calibration.directory import (
+    LAYERS,
+    OPTIMUM,
+    RefusedDirectoryError,
+    directory_for,
+    remove_own,
+    require_own,
+)
+from tightfit.quantize.calibration.state import has_begun
 from tightfit.quantize.computed_source import Kept
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.write import WriteJob, is_there, write, write_job
@@ -128,7 +133,7 @@ def carry_out(
         elif is_there(files, asked.out, bars, resume=asked.resume):
             fresh = False
         else:
-            with _calibration_directory(asked.out) as directory:
+            with _calibration_directory(asked) as directory:
                 given = _given(job, calibrated, directory, asked, bars)
                 job = prepare(
                     checkpoint, wish, method=asked.method, tensor_parallel_size=size, given=given
@@ -181,25 +186,26 @@ def _given(
         return calibrate(job, options, directory, bars, resume=asked.resume, warn=warn)
     from tightfit.quantize.calibration.optimum_backend import calibrate_by_optimum
 
-    return calibrate_by_optimum(job, options, directory, warn=warn)
+    return calibrate_by_optimum(job, options, directory, resume=asked.resume, warn=warn)
 
 
 @contextmanager
-def _calibration_directory(out: str) -> Iterator[Path]:
-    """Beside the output, as only files that belong to it may be in it; removed in the end."""
-    if is_remote(out):
-        name = xxhash.xxh3_64(out.encode()).hexdigest()
-        directory = Path(tempfile.gettempdir()) / f"tightfit-calibration-{name}"
-    else:
-        path = local_path_of(out)
-        directory = path.with_name(f"{path.name}.calibration")
+def _calibration_directory(asked: Asked) -> Iterator[Path]:
+    """For the files of a calibration, which are removed when the output has them."""
+    directory = directory_for(asked.out)
+    own = LAYERS if asked.backend == "own" else OPTIMUM
+    require_own(directory, own, resume=asked.resume)
     try:
         yield directory
+    except RefusedDirectoryError:
+        raise
     except BaseException:
-        if directory.exists():
+        if asked.backend != "own":
+            remove_own(directory, own)  # There is no going on.
+        elif has_begun(directory):
             note(f"{directory} has the layers that are calibrated; --resume goes on with them")
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    remove_own(directory, own)
 
 
 def _sensitivity(

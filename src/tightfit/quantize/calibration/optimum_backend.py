@@ -16,6 +16,7 @@ from tightfit.checkpoint.source import LocalSource
 from tightfit.checkpoint.writer import output_error
 from tightfit.codecs import codec
 from tightfit.errors import CheckpointError, MissingExtraError, UsageError
+from tightfit.quantize.calibration.directory import OPTIMUM, require_own
 from tightfit.quantize.calibration.options import CalibrationOptions
 from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.computed_source import Kept
@@ -35,17 +36,20 @@ def calibrate_by_optimum(
     options: CalibrationOptions,
     directory: Path,
     *,
+    resume: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Kept]:
-    """As `calibrate`, without a way to go on after a kill.
+    """As `calibrate`, but what a killed call has left with `resume` is only replaced.
 
     Raises:
         MissingExtraError: optimum, transformers or GPTQModel is not installed.
         UsageError: something else than symmetric integers in the format gptq, or layers that
             differ; or the text is too short.
         CheckpointError: what came back is not what the format wants.
+        RefusedDirectoryError: `directory` holds something else.
         OutputError: `directory` cannot be written.
     """
+    require_own(directory, OPTIMUM, resume=resume)
     modules = _modules(job)
     optimum, transformers = _packages()
     tokens = token_windows(job.checkpoint, options, warn)

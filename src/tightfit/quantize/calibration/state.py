@@ -20,7 +20,7 @@ from torch import Tensor
 from tightfit.checkpoint.header import TensorInfo, encode_header
 from tightfit.checkpoint.source import LocalSource
 from tightfit.checkpoint.writer import output_error, sync_directory
-from tightfit.errors import OutputError
+from tightfit.quantize.calibration.directory import LAYERS, RefusedDirectoryError, require_own
 from tightfit.quantize.computed_source import Kept
 from tightfit.runtime.files import TORCH_DTYPES, TensorFile
 from tightfit.sharding.progress import checksum
@@ -40,7 +40,8 @@ class State:
         resume: go on; else the directory has to be new or empty.
 
     Raises:
-        OutputError: it holds something else, or cannot be written.
+        RefusedDirectoryError: it holds something else.
+        OutputError: it cannot be written.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
@@ -50,19 +51,9 @@ class State:
             "layers": [],
             "hidden": None,
         }
+        require_own(directory, LAYERS, resume=resume)
         with self._errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in directory.iterdir()}
-        if names and not resume:
-            raise OutputError(
-                f"the calibration directory {directory} is not empty",
-                hint="--resume continues a calibration; or remove that directory yourself",
-            )
-        if any(not name.startswith((_JOURNAL, "layer-", f"{_HIDDEN}-")) for name in names):
-            raise OutputError(
-                f"{directory} has files that are not of a calibration",
-                hint="remove it yourself, or give another output",
-            )
         self._take_over()
 
     @property
@@ -129,11 +120,13 @@ class State:
         try:
             found = json.loads(path.read_bytes())
             layers, hidden, identity = (found[key] for key in ("layers", "hidden", "identity"))
+            if not isinstance(layers, list) or not isinstance(identity, dict):
+                return
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return
         for key, value in self._document["identity"].items():
             if identity.get(key) != value:
-                raise OutputError(
+                raise RefusedDirectoryError(
                     f"{self._directory} is the beginning of another calibration: its {key} differs",
                     hint="give the same model and options, or remove that directory yourself",
                 )
@@ -187,6 +180,11 @@ class State:
             raise output_error(
                 error, path, 0, left="the layers that are done stay, for --resume"
             ) from error
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a calibration has left something to go on with."""
+    return (directory / _JOURNAL).is_file()
 
 
 def _is_proven(path: Path, digest: Any) -> bool:
