@@ -104,7 +104,40 @@ def test_measured(
     missing = ("--scheme", "int8", "--evaluate", tmp_path / "missing.txt")
     assert call("quantize", model, tmp_path / "no", *missing) == 2
     assert "cannot read the text" in capsys.readouterr().err
+    text.write_text("w1")
+    assert call("quantize", model, tmp_path / "no", "--scheme", "int8", "--evaluate", text) == 2
+    assert "the text has 1 tokens" in capsys.readouterr().err
+    ranked = ("--scheme", "int8", "--sensitivity", "--calibration", text)
+    assert call("quantize", model, tmp_path / "no", *ranked) == 2
+    assert "the calibration text has 1 tokens" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"), [("w4a16", "gptq"), ("w4a16", "awq"), ("nvfp4", "rtn")]
+)
+def test_what_was_calibrated_is_ranked(
+    scheme: str,
+    method: str,
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ("--scheme", scheme, "--method", method, "--calibration", text, "--sensitivity")
+    options += ("--calibration-samples", "4", "--calibration-length", "32", "--json")
+    options += ("--ignore", r"layers\.2\.")
+    found = []
+    for more in ((), ("--resume",)):
+        assert call("quantize", model, tmp_path / "out", *options, *more) == 0
+        found.append(json.loads(capsys.readouterr().out)["sensitivity"])
+    assert found[0] == found[1]
+    assert found[0]["calibrated"] is True
+    layers = {one["layer"]: one for one in found[0]["layers"]}
+    assert layers[0]["damage"] > 0
+    assert layers[2]["damage"] < 1e-4
+    assert layers[2]["parameters"] == 0
 
 
 def test_budget(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

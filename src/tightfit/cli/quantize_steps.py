@@ -24,6 +24,7 @@ from tightfit.quantize.calibration.directory import (
     remove_own,
     require_own,
 )
+from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.calibration.state import has_begun
 from tightfit.quantize.computed_source import Kept
 from tightfit.quantize.job import QuantizeJob, prepare
@@ -98,6 +99,7 @@ def carry_out(
         TightfitError: as `prepare`, `calibrate`, `write` and what measures.
     """
     size, budget = asked.for_tp or 1, None
+    text = _checked_text(checkpoint, asked)
     if wish is None:
         from tightfit.quantize.budget import fit_budget
 
@@ -123,7 +125,9 @@ def carry_out(
             "nothing is calibrated in a dry run, so there is nothing to measure",
             hint="leave out --dry-run, or --evaluate, --report and --sensitivity",
         )
-    text = None if asked.evaluate is None else read_text(asked.evaluate)
+    if asked.sensitivity and options is not None and calibrated is None:
+        # Only for its refusal, which would else come when all is written.
+        token_windows(checkpoint, options)
     known = {} if calibrated is None else fingerprint(calibrated, asked.backend)
     files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
     written, fresh = None, not asked.dry_run
@@ -148,7 +152,7 @@ def carry_out(
         quality = measure(job, written, progress=bars)
     if asked.sensitivity:
         assert quality is not None
-        sensitivity = _sensitivity(job, quality, options, bars)
+        sensitivity = _sensitivity(job, written, quality, options, bars)
     if asked.report is not None:
         assert quality is not None
         from tightfit.cli.report.quality import write_quality_report
@@ -168,6 +172,17 @@ def carry_out(
         sensitivity=sensitivity,
         perplexity=None if text is None else _perplexity(job, written or job.virtual, text, bars),
     )
+
+
+def _checked_text(checkpoint: Checkpoint, asked: Asked) -> str | None:
+    """The text to evaluate, which is refused before hours of work and not after them."""
+    if asked.evaluate is None:
+        return None
+    from tightfit.quantize.evaluate import token_ids
+
+    text = read_text(asked.evaluate)
+    token_ids(checkpoint, text)
+    return text
 
 
 def _write(files: WriteJob, asked: Asked, executor: Executor | None, bars: NoProgress) -> bool:
@@ -209,14 +224,18 @@ def _calibration_directory(asked: Asked) -> Iterator[Path]:
 
 
 def _sensitivity(
-    job: QuantizeJob, quality: "Quality", options: CalibrationOptions | None, bars: NoProgress
+    job: QuantizeJob,
+    written: Checkpoint | None,
+    quality: "Quality",
+    options: CalibrationOptions | None,
+    bars: NoProgress,
 ) -> "Sensitivity":
     from tightfit.quantize.sensitivity import output_sensitivity, weight_sensitivity
 
     if options is None:
         return weight_sensitivity(quality)
     with tempfile.TemporaryDirectory(prefix="tightfit-") as directory:
-        return output_sensitivity(job, options, Path(directory), progress=bars)
+        return output_sensitivity(job, options, Path(directory), written=written, progress=bars)
 
 
 def _perplexity(

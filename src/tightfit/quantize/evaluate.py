@@ -73,13 +73,24 @@ def perplexity(
     """
     if window < 2:
         raise UsageError(f"a window of {window} tokens", hint="at least 2")
-    ids = Text(checkpoint).encode(text)[:limit_tokens]
-    if len(ids) < 2:
-        raise UsageError(f"the text has {len(ids)} tokens", hint="give one with thousands")
+    ids = token_ids(checkpoint, text, limit_tokens)
     window = min(window, len(ids))
     count = len(ids) // window
     tokens = torch.tensor(ids[: count * window]).view(count, window)
     return _summary(window_losses(LayerwiseModel(checkpoint), tokens, progress), window)
+
+
+def token_ids(checkpoint: Checkpoint, text: str, limit: int | None = None) -> list[int]:
+    """The tokens of a text to evaluate, `limit` at most.
+
+    Raises:
+        UsageError: it has less than two.
+        CheckpointError: there is no tokenizer, or it is damaged.
+    """
+    ids = Text(checkpoint).encode(text)[:limit]
+    if len(ids) < 2:
+        raise UsageError(f"the text has {len(ids)} tokens", hint="give one with thousands")
+    return ids
 
 
 @torch.no_grad()

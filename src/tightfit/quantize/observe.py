@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.quantize.calibration.options import CalibrationOptions
 from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.dequantize import open_dequantized
@@ -41,6 +42,7 @@ def observe(
     options: CalibrationOptions,
     directory: Path,
     *,
+    written: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Observed:
     """Send text through all layers.
@@ -49,6 +51,8 @@ def observe(
         job: from `prepare`.
         options: the text.
         directory: an empty one for the activations between two layers.
+        written: the checkpoint that was written (`open_checkpoint(out)`), of any method; without
+            it the matrices are encoded for this.
         progress: told of the source bytes of the layers.
 
     Raises:
@@ -57,7 +61,7 @@ def observe(
         CheckpointError: weights that are damaged or not finite.
     """
     model = LayerwiseModel(job.checkpoint)
-    quantized = LayerwiseModel(open_dequantized(job.virtual))
+    quantized = LayerwiseModel(open_dequantized(written or job.virtual))
     tokens = token_windows(job.checkpoint, options)
     sizes = [_layer_bytes(job, index) for index in range(model.num_layers)]
     if progress is not None:

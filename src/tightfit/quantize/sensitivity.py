@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.quantize.calibration.options import CalibrationOptions
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix
@@ -96,14 +97,17 @@ def output_sensitivity(
     options: CalibrationOptions,
     directory: Path,
     *,
+    written: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
     """With calibration data: how much the output of each layer changes if it alone is quantized.
 
     Args:
-        job: from `prepare`, with what calibration has made if the method calibrates.
+        job: from `prepare`.
         options: the text.
         directory: an empty one for activations between two layers.
+        written: the checkpoint that was written (`open_checkpoint(out)`), which a method that
+            calibrates needs; without it the matrices are encoded for this.
         progress: told of the source bytes of the layers.
 
     Raises:
@@ -111,7 +115,7 @@ def output_sensitivity(
         UnsupportedModelError: the built-in runtime cannot run the model.
         CheckpointError: weights that are damaged or not finite.
     """
-    observed = observe(job, options, directory, progress=progress)
+    observed = observe(job, options, directory, written=written, progress=progress)
     where = places(job.spec)
     modules = [(matrix, where[matrix.module]) for matrix in job.matrices]
     layers: dict[int | None, float] = {
@@ -169,7 +173,7 @@ def _ranked(damages: Mapping[K, float], parameters: Mapping[K, int]) -> tuple[Da
                 layer=layer,
                 damage=damage,
                 share=damage / whole if whole else 0.0,
-                parameters=parameters[key],
+                parameters=parameters.get(key, 0),
             )
         )
     return tuple(sorted(found, key=lambda one: -one.damage))
