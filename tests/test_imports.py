@@ -32,8 +32,8 @@ BELOW["sharding"] = {"planner", "executors"} | BELOW["planner"]
 BELOW["codecs"] = BELOW["checkpoint"] | {"checkpoint"}
 BELOW["runtime"] = {"sharding", "codecs"} | BELOW["sharding"]
 BELOW["demo"] = {"runtime"} | BELOW["runtime"]
-BELOW["quantize"] = {"runtime"} | BELOW["runtime"]
-BELOW["cli"] = {"demo", "quantize"} | BELOW["demo"]
+BELOW["quantize"] = {"demo"} | BELOW["demo"]
+BELOW["cli"] = {"quantize"} | BELOW["quantize"]
 BELOW["__init__"] = {"planner"}
 BELOW["__main__"] = {"cli"}
 

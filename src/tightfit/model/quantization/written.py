@@ -25,6 +25,8 @@ GROUP_SIZE = 128
 
 That is compressed-tensors' presets' as well.
 """
+GROUP_SIZES = (-1, 32, 64, 128)
+"""vLLM's `marlin_utils.py: MARLIN_SUPPORTED_GROUP_SIZES`."""
 COMPRESSED_TENSORS = "compressed-tensors"
 
 
@@ -50,6 +52,11 @@ class Choice:
             raise UsageError(
                 f"a group size of {size} with the scheme {self.scheme}",
                 hint=f"a size, or -1 for whole rows, belongs to {', '.join(GROUPED)}",
+            )
+        if size is not None and size not in GROUP_SIZES:
+            raise UsageError(
+                f"groups of {size} inputs, for which engines have no kernels",
+                hint="group sizes: " + ", ".join(map(str, GROUP_SIZES)) + " (-1 for whole rows)",
             )
         if (self.format, self.scheme) not in _FORMS:
             fine = [scheme for format, scheme in _FORMS if format == self.format]
