@@ -70,7 +70,7 @@ def tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         ("w4a16", "gptq"),
         ("w8a16", "gptq"),
         ("w4a16-asym", "awq"),
-        *((scheme, "compressed-tensors") for scheme in ("fp8-tensor", "fp8-channel", "fp8-block")),
+        *((scheme, "compressed-tensors") for scheme in ("fp8-channel", "fp8-block")),
         *((scheme, "compressed-tensors") for scheme in ("int8", "w8a16", "w4a16", "w4a16-asym")),
         *((scheme, "compressed-tensors") for scheme in ("nvfp4a16", "mxfp4", "mxfp8")),
     ],
