@@ -250,5 +250,5 @@ def quantize(
         raise typer.Exit(ExitCode.INPUT) from None
     if as_json:
         print_json(view.document(done, asked))
-    elif dry_run or not quiet:
+    elif dry_run or not quiet or asked.evaluate is not None or sensitivity:
         view.show(done, asked)

@@ -98,7 +98,7 @@ def show(done: "Done", asked: "Asked") -> None:
     else:
         _line(page, f"{asked.out} holds all of it already, as its checksums prove: {what}")
     if done.perplexity is not None:
-        before, after = (f"{one.value:.3f} (± {one.error:.3f})" for one in done.perplexity)
+        before, after = map(_spread, done.perplexity)
         _line(page, f"perplexity of {asked.evaluate}: {before} before, {after} after")
     if not asked.dry_run:
         _line(page, f"next: {served(job, asked.out, asked.for_tp)}")
@@ -132,6 +132,11 @@ def served(job: QuantizeJob, out: str, for_tp: int | None) -> str:
     if job.wish.kv_cache:
         words.append("--kv-cache-dtype fp8")
     return " ".join(words)
+
+
+def _spread(one: "Perplexity") -> str:
+    spread = f"± {one.error:.3f}" if one.windows > 1 else "of one window, which says little"
+    return f"{one.value:.3f} ({spread})"
 
 
 def _perplexity(one: "Perplexity") -> dict[str, Any]:

@@ -95,6 +95,11 @@ def verify(
             )
         _verify_quantized(place, directory, against, quiet=quiet, as_json=as_json)
         return
+    if place.exists("tightfit-quantize.journal"):
+        raise VerificationError(
+            f"{directory} is an unfinished output of `tightfit quantize`",
+            hint="the same command with --resume goes on with it",
+        )
     require_manifest(place)
     manifest = read_manifest(place)
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
