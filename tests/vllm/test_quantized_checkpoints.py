@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from support.make_quantized_data import EXPERTS, LLAMA
 from support import quantizing
+from support.make_quantized_data import EXPERTS, LLAMA
 from support.quantizing import CHOICES, quantize, run_quantize, write_meant
 from support.seeded_models import write_seeded_model
 from support.smollm2 import smollm2_or_skip
