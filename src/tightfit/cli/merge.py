@@ -7,11 +7,12 @@ import typer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
+from tightfit.cli.options import writing as w
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
-from tightfit.errors import ConfigError, UsageError
+from tightfit.errors import ConfigError
 from tightfit.sharding.merge import MergeJob, prepare_merge
 from tightfit.sharding.merge import merge as write
-from tightfit.units import MiB, format_bytes, parse_bytes
+from tightfit.units import format_bytes
 
 
 @guarded
@@ -24,19 +25,10 @@ def merge(
             show_default=False,
         ),
     ],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
-    ],
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
-    ] = "5GB",
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
-    ] = False,
+    out: w.Out,
+    max_shard_size: w.MaxShardSize = "5GB",
+    resume: w.Resume = False,
+    dry_run: w.DryRun = False,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
@@ -44,9 +36,7 @@ def merge(
 
     Example: tightfit merge ./Qwen3-8B-tp2 ./Qwen3-8B
     """
-    size = parse_bytes(max_shard_size)
-    if size < MiB:
-        raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
+    size = w.shard_bytes(max_shard_size)
     if not is_remote(directory) and not local_path_of(directory).is_dir():
         raise ConfigError(f"there is no directory {directory}", hint="check the path")
     job = prepare_merge(open_checkpoint(directory), max_shard_bytes=size)

@@ -9,12 +9,13 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote
 from tightfit.cli import options as o
 from tightfit.cli import quantize_request as request
+from tightfit.cli.options import writing as w
 from tightfit.cli.output import guarded, print_json, progress, warn
 from tightfit.errors import ExitCode, UsageError
-from tightfit.executors import EXECUTORS, open_executor
+from tightfit.executors import open_executor
 from tightfit.model.quantization.written import FORMATS, SCHEMES
 from tightfit.quantize.recipe_file import METHODS
-from tightfit.units import MiB, parse_bytes
+from tightfit.units import parse_bytes
 
 _CALIBRATION = "Calibration"
 _QUALITY = "Quality"
@@ -23,9 +24,7 @@ _QUALITY = "Quality"
 @guarded
 def quantize(
     model: o.Model,
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
-    ],
+    out: w.Out,
     scheme: Annotated[
         str | None,
         # With its name: typer 0.27.2 takes a metavar that differs only in case for the name.
@@ -100,36 +99,15 @@ def quantize(
             rich_help_panel=_CALIBRATION,
         ),
     ] = "own",
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
-    ] = "5GB",
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Say what would be written or refused, write nothing."),
-    ] = False,
+    max_shard_size: w.MaxShardSize = "5GB",
+    resume: w.Resume = False,
+    dry_run: w.DryRun = False,
     dequantize: Annotated[
         bool,
         typer.Option("--dequantize", help="Take a MODEL that is quantized already."),
     ] = False,
-    executor: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(EXECUTORS), help="Where the work is done; see --ray-address."
-        ),
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Cluster for --executor ray. All its machines need MODEL and OUT under the same "
-            "paths.",
-            show_default=False,
-        ),
-    ] = None,
+    executor: w.ExecutorName = "local",
+    ray_address: w.RayAddress = None,
     evaluate: Annotated[
         Path | None,
         typer.Option(
@@ -173,9 +151,7 @@ def quantize(
 
     Example: tightfit quantize ./Qwen3-8B ./Qwen3-8B-fp8 --scheme fp8-channel
     """
-    size = parse_bytes(max_shard_size)
-    if size < MiB:
-        raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
+    size = w.shard_bytes(max_shard_size)
     if for_tp is not None and not 1 <= for_tp <= 1024:
         raise UsageError(f"--for-tp {for_tp} is out of range", hint="at least 1")
     if executor != "local" and is_remote(out):

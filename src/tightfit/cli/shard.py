@@ -10,19 +10,20 @@ import typer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
+from tightfit.cli.options import writing as w
 from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
 from tightfit.cli.output import console, guarded, note, print_json, progress, warn
 from tightfit.cli.shard_quantized import METHODS, asked_from, computing, quantized
 from tightfit.cli.shards import served, served_with
 from tightfit.errors import UsageError
-from tightfit.executors import EXECUTORS, open_executor
+from tightfit.executors import open_executor
 from tightfit.model.quantization.written import FORMATS, SCHEMES
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
 from tightfit.sharding.proof.vllm_load import show_versions
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
-from tightfit.units import MiB, format_bytes, parse_bytes
+from tightfit.units import format_bytes
 
 _QUANTIZATION = "Quantization"
 
@@ -30,15 +31,11 @@ _QUANTIZATION = "Quantization"
 @guarded
 def shard(
     model: o.Model,
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="A new directory, or its URL (s3://...).")
-    ],
+    out: w.Out,
     tensor_parallel_size: o.TensorParallelSize = 1,
     pipeline_parallel_size: PipelineParallelSize = None,
     enable_expert_parallel: EnableExpertParallel = None,
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest file; a larger tensor gets a file of its own.")
-    ] = "5GB",
+    max_shard_size: w.MaxShardSize = "5GB",
     layout: Annotated[
         str,
         typer.Option(
@@ -110,28 +107,10 @@ def shard(
             show_default="rtn",
         ),
     ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on after a kill: do what is not proven to be there."),
-    ] = False,
-    executor: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(EXECUTORS), help="Where the work is done; see --ray-address."
-        ),
-    ] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Cluster for --executor ray; else RAY_ADDRESS, one that runs here, or a new one. "
-            "All its machines need MODEL and OUT under the same paths.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")
-    ] = False,
+    resume: w.Resume = False,
+    executor: w.ExecutorName = "local",
+    ray_address: w.RayAddress = None,
+    dry_run: w.DryRun = False,
     revision: o.Revision = None,
     quiet: o.Quiet = False,
     as_json: o.Json = False,
@@ -149,9 +128,7 @@ def shard(
     stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
     if not 1 <= stages <= 1024:
         raise UsageError(f"--pipeline-parallel-size {stages} is out of range", hint="at least 1")
-    size = parse_bytes(max_shard_size)
-    if size < MiB:
-        raise UsageError(f"--max-shard-size {max_shard_size} is too small", hint="at least 1MiB")
+    size = w.shard_bytes(max_shard_size)
     chosen = stored_layout(layout)
     asked = asked_from(
         quantize,
