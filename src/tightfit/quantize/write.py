@@ -14,12 +14,12 @@ from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
 from tightfit.errors import OutputError, UsageError
 from tightfit.executors import Executor
-from tightfit.model.layout import Parallel, RankTensor
+from tightfit.model.layout import Parallel
 from tightfit.quantize.computed_source import ComputedSource
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.manifest import NAME, Manifest, digest, problems_beside, read_manifest
 from tightfit.quantize.recipe_file import document_of
-from tightfit.sharding.boxes import whole
+from tightfit.sharding.boxes import whole_tensor
 from tightfit.sharding.copies import plan_copies
 from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint, stored_file
 from tightfit.sharding.parts import natural
@@ -84,16 +84,8 @@ def write_job(
     """Distribute the tensors over files; `calibration` is what values depend on beside weights."""
     virtual = job.virtual
     infos = virtual.tensors()
-    tensors = [
-        RankTensor(
-            name=info.name,
-            parameter=None,
-            dtype=info.dtype,
-            shape=info.shape,
-            pieces=(whole(info, info.name),),
-        )
-        for info in sorted(infos.values(), key=lambda info: natural(info.name))
-    ]
+    ordered = sorted(infos.values(), key=lambda info: natural(info.name))
+    tensors = [whole_tensor(info) for info in ordered]
     parts = plain_parts(tensors, max_shard_bytes)
     source = virtual.source
     assert isinstance(source, ComputedSource)

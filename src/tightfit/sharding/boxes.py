@@ -11,7 +11,7 @@ from math import prod
 
 from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import CheckpointError
-from tightfit.model.layout import Piece
+from tightfit.model.layout import Piece, RankTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +125,17 @@ def whole(info: TensorInfo, source: str) -> Piece:
     """The piece that is all of a tensor, under the name `source`."""
     zeros = tuple(0 for _ in info.shape)
     return Piece(source=source, source_shape=info.shape, start=zeros, shape=info.shape, at=zeros)
+
+
+def whole_tensor(info: TensorInfo) -> RankTensor:
+    """A tensor that is written as it is."""
+    return RankTensor(
+        name=info.name,
+        parameter=None,
+        dtype=info.dtype,
+        shape=info.shape,
+        pieces=(whole(info, info.name),),
+    )
 
 
 def place(box: Box, held: Held) -> tuple[tuple[int, ...], tuple[int, ...]]:

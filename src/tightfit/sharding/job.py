@@ -16,7 +16,7 @@ from tightfit.model.parameters import check_parallel, parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import StoredLayout, rank_tensors
 from tightfit.model.stored.loadable import check_quantization, loading_notes
-from tightfit.sharding.boxes import key, whole
+from tightfit.sharding.boxes import key, whole, whole_tensor
 from tightfit.sharding.copies import TensorCopies, plan_copies
 from tightfit.sharding.gather import Gather, copied_bytes, plan
 from tightfit.sharding.manifest import ORIGINALS, cut_fingerprint, source_fingerprint
@@ -262,17 +262,7 @@ def _originals(
 
 
 def _whole(rank: Rank, originals: Iterable[TensorInfo]) -> Part:
-    tensors = [
-        RankTensor(
-            name=info.name,
-            parameter=None,
-            dtype=info.dtype,
-            shape=info.shape,
-            pieces=(whole(info, info.name),),
-        )
-        for info in originals
-    ]
-    return make_part(ORIGINALS, rank, tensors)
+    return make_part(ORIGINALS, rank, [whole_tensor(info) for info in originals])
 
 
 def _from_ranks(parts: Iterable[Part], ranks: RankFiles) -> list[Part]:
