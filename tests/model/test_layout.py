@@ -226,5 +226,5 @@ def test_fp8_blocks_are_not_split() -> None:
     with pytest.raises(LayoutError) as e:
         check_parallel(read_spec("Qwen3-30B-A3B-FP8"), Parallel(tensor_parallel_size=4))
     assert "tensor parallel size 4 does not divide" in e.value.message
-    assert "moe_intermediate_size" in e.value.message
+    assert "the 768 outputs of experts.w13 into whole blocks of 128" in e.value.message
     assert e.value.hint == "tensor parallel sizes that work: 1, 2"

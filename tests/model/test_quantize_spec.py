@@ -60,7 +60,7 @@ def test_tensor_parallel_sizes_that_split_groups() -> None:
             Parallel(tensor_parallel_size=2),
         )
     # 29568 = 231 groups of 128: a well-known trap.
-    assert "intermediate_size of mlp.down_proj = 29568 into whole blocks of 128" in e.value.message
+    assert "the 29,568 inputs of mlp.down_proj into whole blocks of 128" in e.value.message
     assert e.value.hint == "tensor parallel sizes that work: 1"
 
 

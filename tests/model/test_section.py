@@ -73,7 +73,7 @@ def test_every_architecture(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL_KEEP_A_STATE)
 def test_nothing_is_left_of_models_whose_layers_keep_a_state(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="would be quantized"):
+    with pytest.raises(UsageError, match="would be quantized"):
         written(plain_spec(name), WISHES["int8"])
 
 

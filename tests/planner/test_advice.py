@@ -163,3 +163,15 @@ def test_an_encoder_and_the_host() -> None:
     assert found[limit].saves_bytes == GiB // 2
     assert list(found)[-1] == "--mm-processor-cache-gb 0"
     assert found["--mm-processor-cache-gb 0"].saves_bytes == 4 * GiB
+
+
+def test_nothing_is_proposed_that_is_alone_in_its_machine() -> None:
+    _, found = advice_for("DeepSeek-V3", gpu="h100", tp="8")
+    assert "--gpu h200-141gb" in found
+    assert "--gpu gb10-128gb" not in found
+
+
+def test_an_encoder_decoder_keeps_its_encoder() -> None:
+    plan, found = advice_for("whisper-large-v3", gpu_memory="8GiB")
+    assert plan.model.is_encoder_decoder
+    assert not [change for change in found if "language-model" in change or "-mm-per-" in change]

@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from support.configs import read_spec
-from tightfit.errors import UsageError
+from tightfit.errors import DoesNotFitError, UsageError
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE
 from tightfit.planner.emit import emit
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Component, Plan
+from tightfit.planner.spelling import plan_options
 from tightfit.planner.vllm_command import parse_command
 from tightfit.units import GiB
 
@@ -28,6 +29,30 @@ def planned(**given: Any) -> tuple[Plan, PlanOptions]:
 def pool(plan: Plan) -> int:
     assert plan.kv_cache.num_blocks is not None
     return plan.kv_cache.num_blocks * plan.kv_cache.bytes_per_block
+
+
+def test_what_the_llm_class_takes_by_default_is_told_to_the_server() -> None:
+    plan, options = planned(entrypoint="llm")
+    assert plan.options.max_num_batched_tokens.value == 16_384
+    parsed = parse_command(emit(plan, MODEL, "vllm", options=options))
+    assert parsed.entrypoint == "server"
+    again, _ = planned(**parsed.options)
+    for name in ("max_num_batched_tokens", "max_num_seqs"):
+        assert getattr(again.options, name).value == getattr(plan.options, name).value
+    assert again.ranks[0].component("activations") == plan.ranks[0].component("activations")
+
+
+def test_an_optimization_level_was_a_compilation_mode_before_0_12() -> None:
+    given = {"engine_version": "0.11.0", "optimization_level": "2", "gpu": "h100-80gb"}
+    options = plan_options(given)
+    assert (options.optimization_level, options.compilation_config) == (None, {"mode": 2})
+    plan = make_plan(read_spec("Llama-3.1-8B"), options, name=MODEL)
+    assert plan.options.cudagraph_mode is not None
+    assert plan.options.cudagraph_mode.value == "NONE"
+    text = emit(plan, MODEL, "vllm", options=options)
+    assert """--compilation-config '{"level":2}'""" in text
+    new = plan_options(given | {"engine_version": "0.12.0"})
+    assert new.optimization_level == 2
 
 
 def test_a_command_is_read_back_as_the_plan_that_it_was_made_of() -> None:
@@ -140,5 +165,6 @@ def test_no_path_of_this_machine_is_in_a_deployment() -> None:
 )
 def test_what_cannot_be_emitted(given: dict[str, Any], kind: Any, match: str) -> None:
     plan, _ = planned(**given)
-    with pytest.raises(UsageError, match=match):
+    error = DoesNotFitError if "device" in given else UsageError
+    with pytest.raises(error, match=match):
         emit(plan, MODEL, kind)

@@ -1,7 +1,7 @@
 import pytest
 
 from support.configs import ONE_PER_ARCHITECTURE, read_spec
-from tightfit.errors import LayoutError, UnsupportedModelError, UsageError
+from tightfit.errors import LayoutError, UsageError
 from tightfit.model.layout import Parallel
 from tightfit.planner.assemble import engine, make_plan
 from tightfit.planner.explain import explain, explanation_lines, weight_parts
@@ -17,7 +17,6 @@ def explained(model: str, name: str, **given: object) -> list[str]:
 
 
 REFUSED = {
-    "DeepSeek-V4-Pro": UnsupportedModelError,  # its packed KV cache
     "SmolLM2-360M": LayoutError,  # 15 heads
     "falcon-7b": LayoutError,  # 71 heads
 }
@@ -39,6 +38,12 @@ def test_parts_are_all_of_the_weights(model: str) -> None:
         weights = plan.ranks[rank.rank].component("weights")
         assert sum(part.nbytes for part in parts) == weights.planned_bytes
         assert not any(part.name == "other" for part in parts if part.nbytes > 2**28)
+
+
+def test_a_model_without_rope_has_no_tables() -> None:
+    found = make_plan(read_spec("mamba2-780m"), plan_options({"gpu": "h100"}), name="x")
+    formula = found.ranks[0].component("weights_after_load").formula
+    assert formula.startswith("no rope tables; ")
 
 
 def test_a_mixture_of_experts() -> None:

@@ -8,18 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.configs import read_config, read_spec
-from tightfit.errors import UsageError
+from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel, Rank, pipeline_layers
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import CATALOGUE
 from tightfit.planner.engines.vllm import VLLM
-from tightfit.planner.kv_cache import CacheDtypes, KVLayout, LayerKind, kv_layout, layer_kinds
+from tightfit.planner.kv_cache import KVLayout, kv_layout
+from tightfit.planner.kv_kinds import CacheDtypes, LayerKind, layer_kinds
 from tightfit.planner.options import PlanOptions
+from tightfit.units import cdiv
 
 
 def layout_of(spec: ModelSpec, options: PlanOptions, pp_rank: int = 0) -> KVLayout:
-    engine = VLLM()
+    engine = VLLM(version=options.engine_version)
     rank = Rank(pp_rank=pp_rank, parallel=engine.parallel(options))
     return engine.kv_layout(spec, rank, engine.resolve(spec, options))
 
@@ -139,6 +141,39 @@ def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "block_bytes", "stages"),
+    [
+        ("DeepSeek-V4-Flash", 1_002_240, (286_848, 380_736, 334_656)),
+        ("DeepSeek-V4-Pro", 1_435_968, (433_728, 524_160, 478_080)),
+    ],
+)
+def test_packed_pages(name: str, block_bytes: int, stages: tuple[int, ...]) -> None:
+    """As vLLM 0.32's own `_get_packed_kv_cache_groups` makes of the model's specs, and as
+    `_project_kv_cache_groups_to_worker` leaves of it in three stages: rows of 4 and 128 tokens in
+    one group, windows in two, and a group for the unfinished rows of each ratio."""
+    layout = layout_of(read_spec(name), PlanOptions(max_num_batched_tokens=8192))
+    assert (layout.block_size, layout.bytes_per_block) == (256, block_bytes)
+    assert Counter(kind.block_size for kind in layout.groups) == {64: 2, None: 1, 4: 1, 8: 1}
+    in_flight = 2 * 8192
+    rows, windows = 1_048_576 // 256, cdiv(127 + in_flight, 64) + 1
+    unfinished = cdiv(7 + in_flight, 4) + 1 + cdiv(127 + in_flight, 8) + 1
+    assert layout.blocks(1_048_576) == rows + 2 * windows + unfinished == 10_778
+    options = PlanOptions(pipeline_parallel_size=3)
+    found = [layout_of(read_spec(name), options, i).bytes_per_block for i in range(3)]
+    assert tuple(found) == stages
+
+
+def test_padded_pages() -> None:
+    """A start-up of DeepSeek-V4-Pro with vLLM 0.20 logged 1,810 blocks in 2.50 GiB, and had a layer
+    more for speculation: places for 31 pages of windows and rows, 30 or 31 of the indexer's, and 31
+    small ones."""
+    layout = layout_of(read_spec("DeepSeek-V4-Pro"), PlanOptions(engine_version="0.25.1"))
+    assert layout.bytes_per_block == 31 * 37_440 + 30 * 8640 + 31 * 1728
+    assert layout.bytes_per_block == pytest.approx(2.5 * 2**30 / 1810, rel=0.01)
+    assert len(layout.groups) == 5
+
+
+@pytest.mark.parametrize(
     ("name", "gpu", "options", "size"),
     [
         ("DeepSeek-V2-Lite", "h100-80gb", {}, 16),
@@ -149,6 +184,7 @@ def test_blocks_of_latents_beside_states(version: str, multiple: int) -> None:
         ("DeepSeek-V2-Lite", "b200-180gb", {"block_size": 64}, 64),
         ("Llama-3.1-8B", "b200-180gb", {}, 16),
         ("MiniMax-M3", "h100-80gb", {}, 128),
+        ("DeepSeek-V4-Pro", "h200-141gb", {}, 256),
     ],
 )
 def test_blocks_that_the_backend_of_the_device_takes(
@@ -273,3 +309,11 @@ def test_heads_of_other_shapes_are_of_another_kind() -> None:
         (4096, (8, 128, 128)): 31,
         (4096, (16, 64, 64)): 1,
     }
+
+
+def test_pages_that_no_block_has_a_place_for() -> None:
+    """Unfinished rows of larger heads are more than the packed rows, which have one size."""
+    config = read_config("DeepSeek-V4-Flash") | {"head_dim": 1024}
+    with pytest.raises(UnsupportedModelError, match="pages of 65664 bytes"):
+        layout_of(model_spec(config), PlanOptions(engine_version="0.25.1"))
+    assert layout_of(model_spec(config), PlanOptions()).bytes_per_block > 1_002_240

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from support.configs import MODELS, read_config, read_spec
 from tightfit import __version__
-from tightfit.errors import TightfitError, UnsupportedModelError
+from tightfit.errors import TightfitError, UsageError
 from tightfit.model.families import model_spec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE, Device
@@ -207,10 +207,6 @@ def test_every_model_can_be_planned(name: str) -> None:
     spec = read_spec(name)
     length = min(4096, model_max_len(spec))
     options = PlanOptions(device=CATALOGUE["h200-141gb"], max_model_len=length)
-    if spec.architecture == "DeepseekV4ForCausalLM":
-        with pytest.raises(UnsupportedModelError, match="KV cache of compressed attention"):
-            make_plan(spec, options, name=name)
-        return
     plan = make_plan(spec, options, name=name)
     weights = plan.ranks[0].component("weights").planned_bytes
     assert plan.verdict.fits is (weights < 0.9 * CATALOGUE["h200-141gb"].total_bytes)
@@ -225,3 +221,25 @@ def test_what_kernels_drop_after_loading_makes_no_component_negative() -> None:
     linear = 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28_672 * 8192)
     assert rank.component("weights").detail["dropped_bytes"] == linear // 128 // 2
     assert all(component.planned_bytes >= 0 for component in rank.components)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "dtype", "engine"),
+    [
+        ("Qwen3-0.6B", "t4-16gb", "F16", "vllm"),
+        ("Qwen3-0.6B", "rtx4090-24gb", "BF16", "vllm"),
+        ("Qwen3-0.6B", "rtx4090-24gb", "BF16", "builtin"),
+        ("gemma-3-1b-it", "t4-16gb", "F32", "vllm"),
+        ("gemma-3-1b-it", "l4-24gb", "BF16", "vllm"),
+        ("gemma-3-1b-it", "l4-24gb", "BF16", "builtin"),
+    ],
+)
+def test_dtypes_that_a_gpu_has(name: str, gpu: str, dtype: str, engine: str) -> None:
+    options = PlanOptions(engine=engine, device=CATALOGUE[gpu], max_model_len=1024)
+    assert make_plan(read_spec(name), options, name=name).options.dtype.value == dtype
+
+
+def test_a_dtype_that_a_gpu_has_not() -> None:
+    options = PlanOptions(device=CATALOGUE["t4-16gb"], dtype="bfloat16")
+    with pytest.raises(UsageError, match="bfloat16, which t4-16gb does not compute in"):
+        make_plan(read_spec("Qwen3-0.6B"), options, name="x")

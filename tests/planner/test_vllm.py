@@ -8,6 +8,7 @@ from tightfit.model.families import model_spec
 from tightfit.planner.assemble import make_plan
 from tightfit.planner.devices import CATALOGUE, Device
 from tightfit.planner.engines.vllm import VLLM
+from tightfit.planner.headroom import shortage_bytes
 from tightfit.planner.options import PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.units import GiB
@@ -234,6 +235,7 @@ def test_the_rank_with_least_room_decides() -> None:
         ({"max_num_seqs": 0}, "--max-num-seqs 0 is out of range"),
         ({"max_num_batched_tokens": 0}, "--max-num-batched-tokens 0 is out of range"),
         ({"block_size": -1}, "--block-size -1 is out of range"),
+        ({"block_size": 8}, "--block-size 8: attention on a GPU reads 16 tokens at a time"),
         ({"tensor_parallel_size": 0}, "--tensor-parallel-size 0 is out of range"),
         ({"pipeline_parallel_size": 2**60}, f"--pipeline-parallel-size {2**60} is out of range"),
         ({"kv_cache_memory_bytes": -1}, "--kv-cache-memory-bytes -1 is out of range"),
@@ -276,3 +278,38 @@ def test_scaled_context(kind: str, length: int) -> None:
     }
     result = make_plan(model_spec(config), PlanOptions(), name="x")
     assert result.options.max_model_len.value == length
+
+
+@pytest.mark.parametrize(
+    ("share", "fits"), [(0.98, True), (0.99, True), (0.994, False), (1.0, False)]
+)
+def test_a_budget_has_to_be_free_at_the_start(share: float, fits: bool) -> None:
+    """The first look at the device comes after the CUDA context, half a GiB."""
+    result = plan(device=H100, gpu_memory_utilization=share, max_model_len=4096)
+    assert result.verdict.fits is fits
+    if not fits:
+        assert "Free memory on device cuda:0 (" in (result.verdict.engine_message or "")
+        assert "the budget is" in result.verdict.reason
+
+
+@pytest.mark.parametrize("blocks", [100, 1_000_000])
+def test_blocks_that_the_user_counts_are_what_there_is(blocks: int) -> None:
+    result = plan(device=H100, num_gpu_blocks_override=blocks)
+    kv = result.kv_cache
+    assert result.verdict.fits is False
+    assert kv.available_bytes == blocks * kv.bytes_per_block == blocks * 2 * 2**20
+    if blocks == 100:
+        assert "(0.19 GiB)" in (result.verdict.engine_message or "")
+        assert result.verdict.max_model_len_that_fits == 99 * 16
+    assert shortage_bytes(result) > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "shared", "hint"),
+    [(2, 2, "a --tensor-parallel-size of 16 at least"), (32, 8, "at most 4 here")],
+)
+def test_ranks_that_share_a_context_hold_the_same_heads(size: int, shared: int, hint: str) -> None:
+    with pytest.raises(UsageError) as e:
+        plan(tensor_parallel_size=size, decode_context_parallel_size=shared)
+    assert hint in (e.value.hint or "")
+    plan(tensor_parallel_size=32, decode_context_parallel_size=4)

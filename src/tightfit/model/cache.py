@@ -44,6 +44,8 @@ class TokenCache:
     """Tokens that one row stands for, where attention compresses: DeepSeek V4."""
     block_size: int | None = None
     """Tokens of a block, where the engine leaves no choice."""
+    page_alignment: int = 1
+    """Bytes of which a block is a multiple, where its kernels want that."""
 
     @property
     def elements_per_token(self) -> int:

@@ -60,6 +60,16 @@ class Rank:
         """Its number among all ranks."""
         return self.pp_rank * self.parallel.tensor_parallel_size + self.tp_rank
 
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether tokens enter here."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether logits come out here."""
+        return self.pp_rank == self.parallel.pipeline_parallel_size - 1
+
     def for_experts(self) -> "Rank":
         """The rank among all that share the experts; it is of the first replica."""
         if self.parallel.data_parallel_size == 1:
@@ -109,6 +119,8 @@ class Axis:
     to data parallelism when their heads cannot be dealt."""
     block: int = 1
     """So many rows of the units are one row here: the scales or the words of quantized weights."""
+    block_of: str = "rows"
+    """What the blocks are of, for messages."""
     local_blocks: bool = False
     """Blocks begin anew on every rank: scales that an engine computes after cutting."""
     padded: int = 0
@@ -167,8 +179,8 @@ class Axis:
             return first // self.block, cdiv(rows, self.block)
         if first % self.block or (rows % self.block and first + rows < total):
             raise LayoutError(
-                f"tensor parallel size {ranks} does not divide {self.label} = {total} into whole "
-                f"blocks of {self.block}"
+                f"tensor parallel size {ranks} does not divide the {total:,} {self.block_of} into "
+                f"whole blocks of {self.block}"
             )
         return first // self.block, cdiv(rows, self.block)
 
@@ -180,6 +192,6 @@ class Axis:
         copies = rank.parallel.tensor_parallel_size // groups
         return self.replicated and copies > 1 and rank.tp_rank % copies > 0
 
-    def in_blocks(self, block: int, label: str | None = None) -> "Axis":
+    def in_blocks(self, block: int, block_of: str) -> "Axis":
         """The axis of what stands for blocks of `block` rows, which ranks have to get whole."""
-        return replace(self, label=label or self.label, block=self.block * block)
+        return replace(self, block=self.block * block, block_of=block_of)

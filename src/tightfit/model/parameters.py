@@ -12,7 +12,17 @@ from tightfit.errors import LayoutError
 from tightfit.model.blocks.attention import Attention, QKNorm
 from tightfit.model.blocks.base import Place
 from tightfit.model.blocks.linear import norm
-from tightfit.model.layout import Axis, Cut, Parallel, Part, Rank, Stage, Weight, pipeline_layers
+from tightfit.model.layout import (
+    Axis,
+    Cut,
+    Parallel,
+    Part,
+    Rank,
+    Stage,
+    Weight,
+    on_rank,
+    pipeline_layers,
+)
 from tightfit.model.spec import Layer, ModelSpec, NormStyle
 from tightfit.units import round_up
 
@@ -55,6 +65,22 @@ def loaded_parameters(spec: ModelSpec) -> tuple[Weight, ...]:
 def plain_parameters(spec: ModelSpec) -> tuple[Weight, ...]:
     """Every parameter as if nothing were quantized."""
     return tuple(_weights(spec))
+
+
+def stage_layers(spec: ModelSpec, rank: Rank) -> range:
+    """The decoder layers of a rank's pipeline stage.
+
+    Raises:
+        LayoutError: fewer layers than stages.
+    """
+    return pipeline_layers(spec.num_layers, rank.parallel.pipeline_parallel_size, rank.pp_rank)
+
+
+@lru_cache(maxsize=64)
+def stage_parameters(spec: ModelSpec, rank: Rank) -> tuple[Weight, ...]:
+    """Those of `plain_parameters` that a rank's pipeline stage holds."""
+    weights = plain_parameters(spec)
+    return tuple(weight for weight in weights if on_rank(weight, rank, spec.num_layers))
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -108,7 +134,7 @@ def _try(spec: ModelSpec, parallel: Parallel) -> None:
 
 def _check_full_norms(spec: ModelSpec, tensor_parallel_size: int) -> None:
     """vLLM gathers the keys of all ranks for a norm over all heads, and cannot with copies."""
-    for mixer in {mixer for layer in spec.layers for mixer in layer.mixers}:
+    for mixer in spec.mixers:
         if not isinstance(mixer, Attention) or mixer.qk_norm is not QKNorm.FULL:
             continue
         kv_heads = mixer.num_kv_heads

@@ -48,6 +48,11 @@ class Layer:
         raise UnsupportedModelError(f"a layer with {kinds} where plain attention is needed")
 
 
+def mixers_of(layers: Iterable[Layer]) -> tuple[Mixer, ...]:
+    """One of each kind, in the order of the layers."""
+    return tuple(dict.fromkeys(mixer for layer in layers for mixer in layer.mixers))
+
+
 def ropes(layers: Iterable[Layer]) -> tuple[Rope, ...]:
     """The distinct rotary embeddings of layers, each of which needs one table."""
     mixers = [mixer for layer in layers for mixer in layer.mixers]
@@ -84,6 +89,8 @@ class ModelSpec:
     vocab_size: int
     layers: tuple[Layer, ...]
     max_position_embeddings: int
+    original_length: int | None = None
+    """The context that a longrope model was trained with first, and engines take by default."""
     length_is_free: bool = False
     """No length is in the config: engines take any that the user gives, and else this."""
     norm_eps: float
@@ -92,6 +99,12 @@ class ModelSpec:
     """Norms multiply by `1 + weight`: Gemma."""
     norm_bias: bool = False
     """Norms are LayerNorms with a bias: GPT-2, Falcon."""
+    norm_centers: bool = False
+    """Norms are LayerNorms, which subtract the mean, without a bias: Command-R."""
+    norm_weights: bool = True
+    """False for norms without any parameters: OLMo."""
+    parallel_residual: bool = False
+    """The MLP works beside attention, on the same stream, not after it: GPT-NeoX, Falcon."""
     tie_word_embeddings: bool = False
     head_bias: bool = False
     has_lm_head_module: bool = True
@@ -117,6 +130,12 @@ class ModelSpec:
     names: Names = Names()
     extras: tuple[Weight, ...] = ()
     """Parameters of the decoder that belong to no layer, such as learned positions."""
+    positions: str | None = None
+    """Name of the one of them that is a table of learned positions."""
+    first_position: int = 0
+    """Its row for a sequence's first token: OPT."""
+    unmodelled: str | None = None
+    """What it computes that changes no size, and so is not described: only plans cope with it."""
     towers: tuple[Tower, ...] = ()
     """Encoders of images, video or audio, with their projectors."""
     wraps_decoder: bool = False
@@ -147,23 +166,31 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """One of each kind, in the order of the layers."""
+        return mixers_of(self.layers)
+
+    @property
     def is_recurrent(self) -> bool:
         """Whether a layer keeps a state instead of keys and values."""
-        return any(mixer.is_recurrent for layer in self.layers for mixer in layer.mixers)
+        return any(mixer.is_recurrent for mixer in self.mixers)
 
     @property
     def is_windowed(self) -> bool:
         """Whether attention of a layer sees only the last tokens."""
-        return any(mixer.is_windowed for layer in self.layers for mixer in layer.mixers)
+        return any(mixer.is_windowed for mixer in self.mixers)
 
     @property
     def is_chunked(self) -> bool:
         """Whether attention of a layer sees only a token's own chunk."""
-        return any(mixer.is_chunked for layer in self.layers for mixer in layer.mixers)
+        return any(mixer.is_chunked for mixer in self.mixers)
 
     @property
     def is_plain(self) -> bool:
-        """A decoder of plain attention and gated MLPs, as the built-in runtime executes."""
+        """A decoder of plain attention and gated MLPs, with names like Llama's.
+
+        Such are executed layer by layer (`runtime.layerwise`) to be calibrated and judged.
+        """
         beside = self.towers or self.extras or self.encoder_tokens or self.norm_bias
         beside = beside or self.pooling or self.listed is not None or self.alias is not None
         return not beside and self.names == Names() and all(map(_is_plain, self.layers))

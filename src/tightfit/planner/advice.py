@@ -38,7 +38,7 @@ def advise(plan: Plan, options: PlanOptions, replan: Replan) -> tuple[Advice, ..
         advice = _best(remedy, plan, options, shortage, replan)
         if advice is not None:
             found.setdefault(advice.change, advice)
-    host = _host_advice(plan, options, replan)
+    host = sorted(_host_advice(plan, options, replan), key=lambda one: -one.saves_bytes)
     ranked = sorted(found.values(), key=lambda one: (not _cures(plan, one), -one.saves_bytes))
     return (*ranked, *host)
 

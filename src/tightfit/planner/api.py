@@ -1,10 +1,13 @@
 """Plan a model wherever its checkpoint is."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from tightfit.checkpoint.describe import describe
+from tightfit.checkpoint.describe import Description, describe
 from tightfit.model.listed import assumed
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.assemble import make_plan
@@ -24,6 +27,7 @@ class OpenedModel:
     from_headers: bool
     tokenizer_json_bytes: int = 0
     _sizes: dict[object, int] = field(default_factory=dict, init=False, repr=False)
+    _others: dict[str, ModelSpec] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self, options: PlanOptions, *, corrected: bool = True) -> Plan:
         """Plan it with these options.
@@ -38,7 +42,7 @@ class OpenedModel:
         if self.tokenizer_json_bytes:
             options = replace(options, tokenizer_json_bytes=self.tokenizer_json_bytes)
         spec = assumed(
-            self.spec,
+            self.spec_of(options),
             full_attention=options.assume_full_attention,
             ranks=options.tensor_parallel_size,
             stages=options.pipeline_parallel_size,
@@ -50,6 +54,19 @@ class OpenedModel:
             checkpoint_bytes=self._stored_bytes(options) if self.from_headers else None,
             measured=_own_measurements(spec, options) if corrected else None,
         )
+
+    def spec_of(self, options: PlanOptions) -> ModelSpec:
+        """The model, with the config that the options make of its own.
+
+        Raises:
+            TightfitError: see `describe`.
+        """
+        if not options.hf_overrides:
+            return self.spec
+        key = json.dumps(options.hf_overrides, sort_keys=True, default=repr)
+        if key not in self._others:
+            self._others[key] = _described(self.checkpoint, options.hf_overrides).spec
+        return self._others[key]
 
     def _stored_bytes(self, options: PlanOptions) -> int:
         """Of the checkpoint that is planned; a sweep asks for it again and again."""
@@ -86,6 +103,19 @@ def _own_measurements(spec: ModelSpec, options: PlanOptions) -> Mapping[str, int
     return {name: n for name, n in learnt.items() if n > 0 or name == "non_torch"}
 
 
+def _described(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Description:
+    """The model with its processor's sizes, and what there is to be said of it."""
+    description = describe(checkpoint, overrides)
+    spec = description.spec
+    if spec.towers:
+        from tightfit.checkpoint.processor import with_processor
+
+        spec = with_processor(spec, checkpoint.source)
+    return replace(description, spec=replace(spec, notes=(*spec.notes, *description.warnings)))
+
+
 def open_model(
     model: str,
     *,
@@ -105,18 +135,11 @@ def open_model(
         TightfitError: see `open_checkpoint` and `describe`.
     """
     checkpoint = open_checkpoint(model, revision=revision, download=download)
-    description = describe(checkpoint)
+    description = _described(checkpoint)
     text = with_text and checkpoint.source.exists(_TOKENIZER)
-    spec = description.spec
-    if spec.towers:
-        from tightfit.checkpoint.processor import with_processor
-
-        spec = with_processor(spec, checkpoint.source)
-    if description.warnings:
-        spec = replace(spec, notes=(*spec.notes, *description.warnings))
     return OpenedModel(
         checkpoint=checkpoint,
-        spec=spec,
+        spec=description.spec,
         from_headers=description.from_headers,
         tokenizer_json_bytes=checkpoint.source.size(_TOKENIZER) if text else 0,
     )

@@ -15,7 +15,6 @@ from tightfit.planner.options import Option, PlanOptions, Resolved
 from tightfit.planner.plan import Component, ModelSummary, Plan
 from tightfit.planner.pool import Fixed, Pool, all_fixed, pool_of
 from tightfit.planner.quantized import as_written, stored_bytes
-from tightfit.planner.resolve import model_max_len
 from tightfit.planner.verdict import kv_plan, rank_plan, verdict_of
 from tightfit.planner.weights import weights_component
 from tightfit.units import format_bytes
@@ -72,7 +71,9 @@ def make_plan(
     spec = _adapted(spec, chosen, options)
     parallel = chosen.parallel(options)
     _check_parallel(spec, parallel)
-    dtype = chosen.resolve(spec, options).dtype.value
+    first = chosen.resolve(spec, options)
+    chosen.check(spec, first)
+    dtype = first.dtype.value
     weights = [_on_device(spec, rank, dtype, chosen, options) for rank in parallel.ranks()]
     pools: dict[int, Pool] = {}
 
@@ -91,11 +92,12 @@ def make_plan(
         return pool.holds(length)
 
     resolved, fixed, pool = attempt(options.max_model_len)
-    limit = max(model_max_len(spec), resolved.max_model_len.value)
+    limit = max(chosen.longest(spec), resolved.max_model_len.value)
     longest = None if pool.num_blocks is None else _longest(holds, pool, limit)
     if options.max_model_len == -1 and longest is not None:
-        resolved, fixed, pool = attempt(max(longest, 1))
-        fitted = Option(value=max(longest, 1), origin="fitted")
+        length = max(min(longest, resolved.max_model_len.value), 1)
+        resolved, fixed, pool = attempt(length)
+        fitted = Option(value=length, origin="fitted")
         resolved = replace(resolved, max_model_len=fitted)
     host = _host(chosen, spec, resolved, fixed, pool, summary)
     warnings = [
@@ -209,6 +211,7 @@ def _summary(spec: ModelSpec, name: str, nbytes: int, *, from_headers: bool) -> 
         params=parameter_count(spec),
         checkpoint_bytes=nbytes,
         weights_origin=spec.listed_from or ("headers" if from_headers else "shapes"),
+        is_encoder_decoder=spec.encoder_tokens > 0,
     )
 
 

@@ -196,13 +196,26 @@ def named(gpu: str) -> Device:
         if close
         else ("known: " + ", ".join(CATALOGUE))
     )
-    raise UsageError(f"unknown GPU {gpu!r}", hint=f"{hint} --gpu-memory 24GiB serves any GPU")
+    raise UsageError(f"unknown GPU {gpu!r}", hint=f"{hint}; --gpu-memory 24GiB serves any GPU")
 
 
 def _plain(name: str) -> str:
     """Letters and digits, without maker, brand, socket and kind of memory."""
     words = re.sub(r"nvidia|geforce|amd|instinct|radeon|sxm\d?|hbm\d?e?", " ", name.lower())
     return re.sub(r"[^a-z0-9]", "", words)
+
+
+def available_bytes() -> int | None:
+    """What processes of this machine could still take, if it says so (Linux)."""
+    try:
+        return _meminfo("MemAvailable")
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _meminfo(name: str) -> int:
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) * KiB for line in lines if line.startswith(f"{name}:"))
 
 
 def this_machine() -> Device:
@@ -213,10 +226,7 @@ def this_machine() -> Device:
     """
     total_bytes = 0
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            total_bytes = next(
-                int(line.split()[1]) * KiB for line in lines if line.startswith("MemTotal:")
-            )
+        total_bytes = _meminfo("MemTotal")
         with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit:
             text = limit.read().strip()
             total_bytes = min(total_bytes, int(text)) if text.isdigit() else total_bytes

@@ -13,11 +13,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from tightfit.errors import UsageError
+from tightfit.errors import DoesNotFitError, UsageError
 from tightfit.model.quantization.written import COMPRESSED_TENSORS
 from tightfit.planner.options import KV_DTYPES, Option, PlanOptions
 from tightfit.planner.plan import Plan
 from tightfit.planner.quantized import wish_of
+from tightfit.planner.vllm_arguments import before
 from tightfit.planner.vllm_flags import MATTERS
 from tightfit.units import TORCH_DTYPES, GiB, MiB, cdiv
 
@@ -26,6 +27,8 @@ Form = Literal["vllm", "compose", "k8s"]
 PORT = 8000
 _ELSEWHERE = {"tensor_parallel_size", "pipeline_parallel_size", "kv_cache_memory_bytes"}
 _IMAGES = {"cuda": "vllm/vllm-openai", "rocm": "vllm/vllm-openai-rocm"}
+_OLD_KEYS = {"mode": "level", "max_cudagraph_capture_size": "max_capture_size"}
+"""Of a compilation config before 0.12."""
 _CACHE = "/root/.cache/huggingface"
 _START_SECONDS = 3600
 """A large checkpoint is downloaded and compiled before the server answers."""
@@ -49,7 +52,8 @@ def emit(
         options: what the user asked for, where the plan does not repeat it.
 
     Raises:
-        UsageError: the plan is for another engine, does not fit, or has no such form.
+        UsageError: the plan is for another engine, or has no such form.
+        DoesNotFitError: it does not fit.
     """
     if plan.engine != "vllm":
         raise UsageError(
@@ -57,7 +61,7 @@ def emit(
             hint="plan with --engine vllm",
         )
     if plan.verdict.fits is False:
-        raise UsageError(
+        raise DoesNotFitError(
             f"nothing to emit, for the plan does not fit: {plan.verdict.reason}",
             hint="see --advise or --fit",
         )
@@ -121,6 +125,8 @@ def _arguments(
         elif value is False:
             yield ["--no-" + name.replace("_", "-")]
         elif isinstance(value, Mapping):
+            if name == "compilation_config" and before(plan.engine_version, "0.12"):
+                value = {_OLD_KEYS.get(key, key): one for key, one in value.items()}
             yield [flag, json.dumps(dict(value), separators=(",", ":"))]
         elif isinstance(value, tuple):
             yield [flag, *map(str, value)]
@@ -129,7 +135,7 @@ def _arguments(
     given = resolved.kv_cache_memory_bytes
     if plan.kv_cache.num_blocks is not None and (pin_kv_cache or given.origin == "flag"):
         pool = max(rank.component("kv_cache").planned_bytes for rank in plan.ranks)
-        if _since(plan.engine_version, (0, 10, 2)):
+        if not before(plan.engine_version, "0.10.2"):
             yield ["--kv-cache-memory-bytes", str(pool)]
 
 
@@ -147,6 +153,10 @@ def _asked(plan: Plan, options: PlanOptions | None) -> dict[str, Any]:
             found.pop(name, None)
         elif option.origin in ("flag", "fitted"):
             found[name] = _spelled(name, option.value)
+    if plan.entrypoint != "server":
+        # The server, which is what is emitted, has other defaults.
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            found[name] = getattr(plan.options, name).value
     if wish_of(plan.options.asked) is not None:
         # The checkpoint says it, once it is written.
         found.pop("quantization", None)
@@ -174,14 +184,11 @@ def _environment(plan: Plan, options: PlanOptions | None) -> dict[str, str]:
     runner = plan.options.model_runner
     if runner is not None and runner.origin == "flag":
         found["VLLM_USE_V2_MODEL_RUNNER"] = "1" if runner.value == "v2" else "0"
+    if options is not None and options.allow_long_max_model_len:
+        found["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     if options is not None and options.cpu_kvcache_space is not None:
         found["VLLM_CPU_KVCACHE_SPACE"] = f"{options.cpu_kvcache_space:g}"
     return found
-
-
-def _since(version: str, oldest: tuple[int, int, int]) -> bool:
-    numbers = [int(number) for number in re.findall(r"\d+", version)[:3]]
-    return tuple(numbers) >= oldest
 
 
 def _gpus(plan: Plan, options: PlanOptions | None) -> int:

@@ -26,7 +26,11 @@ _PARTS = (
         "state space, linear attention and convolutions",
         r"mamba|ssm|linear_attn|\.conv\.|mixer\.(in_proj|conv1d|out_proj|x_proj|dt_|A|D)",
     ),
-    ("MLP", r"mlp|feed_forward|block_sparse_moe|ffn|\.fc[12]\.|mixer\.(up|down|gate)\w*proj"),
+    (
+        "MLP",
+        r"mlp|feed_forward|block_sparse_moe|share_expert|ffn|\.fc[12]\.|\d\.linear\."
+        r"|mixer\.(up|down|gate)\w*proj",
+    ),
     ("attention", r"attn|attention|indexer|mixer"),
 )
 

@@ -97,6 +97,11 @@ def fit(options: PlanOptions, replan: Replan, *, sizes: Sequence[int] = SIZES) -
     if options.max_model_len in (None, -1):
         options = replace(options, max_model_len=-1)
         plan = replan(options)
+        longest = plan.verdict.max_model_len_that_fits or 0
+        if longest > plan.options.max_model_len.value:
+            # The engine itself does not go so far unless it is told.
+            options = replace(options, max_model_len=longest)
+            plan = replan(options)
         value = plan.options.max_model_len.value if plan.verdict.fits else None
         return Fitted(what="max_model_len", value=value, options=options, plan=plan)
     if options.max_num_seqs is not None:
@@ -158,7 +163,11 @@ def _smallest_devices(options: PlanOptions, replan: Replan, sizes: Sequence[int]
         for size, bytes_needed in least.items():
             if bytes_needed > device.total_bytes or (size > 1 and device.alone):
                 continue
-            plan = replan(replace(options, device=device, tensor_parallel_size=size))
+            try:
+                plan = replan(replace(options, device=device, tensor_parallel_size=size))
+            except TightfitError:
+                # No kernels for the model on it.
+                continue
             if plan.verdict.fits:
                 count = len(plan.ranks) * options.data_parallel_size
                 found.append(Candidate(device=device, count=count, plan=plan))

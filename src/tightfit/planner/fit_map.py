@@ -94,7 +94,6 @@ def map_plan(spec: ModelSpec, options: PlanOptions, plan: Plan) -> FitMap | None
         TightfitError: what `make_plan` raises.
     """
     from tightfit.planner.assemble import engine
-    from tightfit.planner.resolve import model_max_len
 
     chosen = engine(options)
     ranks = list(chosen.parallel(options).ranks())
@@ -105,5 +104,5 @@ def map_plan(spec: ModelSpec, options: PlanOptions, plan: Plan) -> FitMap | None
         return [chosen.kv_layout(spec, rank, resolved) for rank in ranks]
 
     return fit_map(
-        plan, layouts, limit=model_max_len(spec), held_back_blocks=chosen.held_back_blocks
+        plan, layouts, limit=chosen.longest(spec), held_back_blocks=chosen.held_back_blocks
     )

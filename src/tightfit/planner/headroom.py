@@ -10,10 +10,10 @@ from tightfit.planner.plan import Plan, RankPlan
 def spare_bytes(plan: Plan) -> int:
     """KV memory of the tightest rank beyond one sequence of max_model_len; negative if it lacks.
 
-    A pool of a given size counts as it is. Without a device this is minus what a rank needs.
+    A pool of the user's size counts as it is. Without a device this is minus what a rank needs.
     """
     needed = plan.kv_cache.reserved_bytes
-    if plan.options.kv_cache_memory_bytes.value is not None:
+    if plan.options.pool_is_given:
         return (plan.kv_cache.available_bytes or 0) - needed
     return min(_left(rank) - _needed(plan, rank) for rank in plan.ranks)
 
@@ -21,7 +21,7 @@ def spare_bytes(plan: Plan) -> int:
 def shortage_bytes(plan: Plan) -> int:
     """What the tightest rank lacks to serve one sequence; negative is room to spare."""
     shortage = -spare_bytes(plan)
-    if plan.options.kv_cache_memory_bytes.value is not None:
+    if plan.options.pool_is_given:
         rooms = [rank.headroom_bytes for rank in plan.ranks if rank.headroom_bytes is not None]
         shortage = max(shortage, -min(rooms, default=0))
     return shortage

@@ -9,46 +9,14 @@ hold their own layers of each.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tightfit.errors import UnsupportedModelError
-from tightfit.model.cache import Cache, CacheKind, State, StateCache, TokenCache
-from tightfit.model.layout import Rank, pipeline_layers
-from tightfit.model.spec import ModelSpec
-from tightfit.units import DTYPE_BITS, cdiv
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerKind:
-    """Layers that store alike: bytes of one token, or of one sequence's state."""
-
-    kind: str = CacheKind.ATTENTION.value
-    """A `CacheKind`, or `state`."""
-    token_bytes: int = 0
-    state_bytes: int = 0
-    heads: tuple[int, int, int] | None = None
-    """Slots and their key and value sizes: engines tell layers apart whose bytes are the same."""
-    window: int | None = None
-    chunk: int | None = None
-    block_size: int | None = None
-    """Tokens of its pages, where they differ from those of the pool."""
-
-    @property
-    def is_state(self) -> bool:
-        """Whether a sequence needs as much whatever its length."""
-        return self.kind == "state"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether tokens leave the cache while the sequence goes on."""
-        return self.window is not None or self.chunk is not None
-
-    def held_tokens(self, tokens: int) -> int:
-        """Of a sequence of so many tokens, those that attention can still see."""
-        if self.chunk is not None:
-            return min(tokens, self.chunk)
-        return tokens if self.window is None else min(tokens, self.window)
+from tightfit.model.cache import CacheKind
+from tightfit.planner.kv_kinds import LayerKind
+from tightfit.planner.kv_packed import packed_groups, padded_groups
+from tightfit.units import cdiv, round_up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,19 +59,16 @@ class KVLayout:
 
     def _layer_bytes(self, kind: LayerKind, tokens: int) -> int:
         if kind.kind == CacheKind.CROSS.value:
-            return kind.token_bytes * self.encoder_tokens
-        return kind.state_bytes + kind.token_bytes * kind.held_tokens(tokens)
+            return kind.rows_bytes(self.encoder_tokens)
+        return kind.state_bytes + kind.rows_bytes(kind.held_tokens(tokens))
 
     def all_full_bytes(self, tokens: int) -> int:
         """Bytes if every attention layer kept every token."""
-        rounded = cdiv(tokens, self.block_size) * self.block_size
+        rounded = round_up(tokens, self.block_size)
+        others = "state", CacheKind.CROSS.value, CacheKind.PARTIAL.value
         return sum(
             count
-            * (
-                self._layer_bytes(kind, tokens)
-                if kind.is_state or kind.kind == CacheKind.CROSS.value
-                else kind.token_bytes * rounded
-            )
+            * (self._layer_bytes(kind, tokens) if kind.kind in others else kind.rows_bytes(rounded))
             for kind, count in self.layers
         )
 
@@ -111,7 +76,7 @@ class KVLayout:
     def bytes_per_token(self) -> int:
         """What one more token costs while it is inside every window."""
         own = (kind for kind in self.layers if kind[0].kind != CacheKind.CROSS.value)
-        return sum(count * kind.token_bytes for kind, count in own)
+        return sum(cdiv(count * kind.token_bytes, kind.tokens_per_row) for kind, count in own)
 
     def longest(self, available_blocks: int, limit: int) -> int:
         """The longest sequence, up to `limit`, that fits into so many blocks; 0 if none does."""
@@ -125,82 +90,6 @@ class KVLayout:
         return low
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheDtypes:
-    """The dtypes of a cache, in safetensors' spelling or vLLM's own names for packed ones."""
-
-    tokens: str
-    conv: str
-    ssm: str
-    given: frozenset[str] = frozenset()
-    """Roles of states whose dtype the user chose, whatever the config says."""
-
-    def of_state(self, state: State) -> str:
-        """The dtype of one array of a recurrent state."""
-        if state.dtype is not None and state.role not in self.given:
-            return state.dtype
-        return self.ssm if state.role == "ssm" else self.conv
-
-    @classmethod
-    def of(cls, dtype: str) -> "CacheDtypes":
-        """One dtype for everything."""
-        return cls(tokens=dtype, conv=dtype, ssm=dtype)
-
-
-_PER_HEAD_SCALES = 8
-"""Two float32 scales for each KV head and token, also where keys serve as values
-(`TritonAttentionBackend.customize_spec`, `MLACommonBackend.customize_spec`)."""
-_MLA_ROWS: Mapping[str, int] = {"fp8_ds_mla": 656, "nvfp4_ds_mla": 352}
-"""Bytes of a token in the packed rows of DeepSeek V3.2, whatever the sizes in its config."""
-
-
-def token_bytes(cache: TokenCache, dtype: str) -> int:
-    """Bytes of one token in one layer of a rank (`v1/kv_cache_interface.py`)."""
-    if cache.dtype is not None:
-        return cache.elements_per_token * DTYPE_BITS[cache.dtype] // 8
-    if dtype in _MLA_ROWS:
-        return _MLA_ROWS[dtype] * cache.slots
-    both = cache.key_size + cache.value_size
-    if dtype in ("int8_per_token_head", "fp8_per_token_head"):
-        return cache.slots * (both + _PER_HEAD_SCALES)
-    if dtype == "int4_per_token_head":
-        return cache.slots * (both // 2 + _PER_HEAD_SCALES)
-    if dtype == "nvfp4":
-        return cache.slots * (both // 2 + both // 16)
-    return cache.slots * both * DTYPE_BITS[dtype] // 8
-
-
-def layer_kinds(
-    spec: ModelSpec, rank: Rank, dtypes: CacheDtypes, *, windows: bool = True
-) -> Counter[LayerKind]:
-    """The kinds of a rank's layers; without `windows` every layer keeps all tokens."""
-    stages = rank.parallel.pipeline_parallel_size
-    span = pipeline_layers(spec.num_layers, stages, rank.pp_rank)
-    mixers = Counter(mixer for i in span for mixer in spec.layers[i].mixers)
-    found: Counter[LayerKind] = Counter()
-    for mixer, count in mixers.items():
-        for cache in mixer.caches(rank):
-            found[_kind(cache, dtypes, windows=windows)] += count
-    return found
-
-
-def _kind(cache: Cache, dtypes: CacheDtypes, *, windows: bool) -> LayerKind:
-    if isinstance(cache, StateCache):
-        size = sum(state.nbytes(dtypes.of_state(state)) for state in cache.states)
-        return LayerKind(kind="state", state_bytes=size)
-    if cache.tokens_per_row > 1:
-        raise UnsupportedModelError(
-            "the KV cache of compressed attention (DeepSeek V4) is not planned yet"
-        )
-    return LayerKind(
-        kind=cache.kind.value,
-        token_bytes=token_bytes(cache, dtypes.tokens),
-        heads=(cache.slots, cache.key_size, cache.value_size),
-        window=cache.window if windows else None,
-        chunk=cache.chunk if windows else None,
-    )
-
-
 def kv_layout(
     kinds: Counter[LayerKind],
     *,
@@ -211,6 +100,7 @@ def kv_layout(
     padding_ratio: float = 1.5,
     context_parallel_size: int = 1,
     latent_multiple: int = 1,
+    packs_pages: bool = True,
     stages: Sequence[Counter[LayerKind]] = (),
     stage: int = 0,
 ) -> KVLayout:
@@ -226,6 +116,7 @@ def kv_layout(
             times the layers of the rarest; else as the rarest, and padded.
         context_parallel_size: see `KVLayout`.
         latent_multiple: of its tokens, a block of latent attention that grows holds a multiple.
+        packs_pages: how pages of several sizes share blocks, see `kv_packed`.
         stages: the kinds of all pipeline stages, where there are several.
         stage: which of them the rank is in.
 
@@ -240,7 +131,12 @@ def kv_layout(
     stages = stages or (kinds,)
     every = sum(stages, Counter())
     block_size = enlarged(every, block_size, latent_multiple)
-    groups, block_bytes = _groups(stages, stage, block_size, padding_ratio)
+    if any(kind.tokens_per_row > 1 for kind in every):
+        pages = {kind: kind.page_bytes(block_size) for kind in every}
+        shared = packed_groups if packs_pages else padded_groups
+        groups, block_bytes = shared(every, stages[stage], pages)
+    else:
+        groups, block_bytes = _groups(stages, stage, block_size, padding_ratio)
     return KVLayout(
         block_size=block_size,
         bytes_per_block=block_bytes,
@@ -272,7 +168,7 @@ def _groups(
 ) -> tuple[tuple[LayerKind, ...], int]:
     """The groups of the whole model, and the bytes of a block in one stage."""
     kinds, here = sum(stages, Counter()), stages[stage]
-    pages = {kind: kind.state_bytes or block_size * kind.token_bytes for kind in kinds}
+    pages = {kind: kind.page_bytes(block_size) for kind in kinds}
     if len({(kind.window, kind.chunk, kind.is_state, kind.kind == "cross") for kind in kinds}) == 1:
         # All need slots for the same tokens: one group, whose layers have pages of their own sizes.
         first = max(kinds, key=lambda kind: pages[kind])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from tightfit.errors import UsageError
+from tightfit.errors import UnsupportedModelError, UsageError
 from tightfit.planner.devices import Device
 from tightfit.units import TORCH_DTYPES
 
@@ -27,6 +27,10 @@ KV_DTYPES: Mapping[str, str] = {
     "nvfp4": "nvfp4",
 }
 """vLLM's names of cache dtypes, and safetensors' where it has one: packed forms keep theirs."""
+
+_UNMODELLED_KV_DTYPES = """fp8_inc nvfp4_ds_mla nvfp4_4over6 ultraquant_4bit turboquant_k8v4
+    turboquant_4bit_nc turboquant_k3v4_nc turboquant_3bit_nc"""
+"""vLLM's others (`config/cache.py: CacheDType`)."""
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
     "entrypoint": ("server", "llm"),
@@ -54,6 +58,10 @@ class PlanOptions:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     max_model_len: int | None = None
+    allow_long_max_model_len: bool = False
+    """vLLM's VLLM_ALLOW_LONG_MAX_MODEL_LEN: lengths that the config does not allow."""
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Values for keys of config.json."""
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float | None = None
@@ -103,6 +111,8 @@ class PlanOptions:
     max_loras: int = 1
     max_lora_rank: int = 16
     max_cpu_loras: int | None = None
+    model_impl: str = "auto"
+    """Whose code the builtin runtime executes: its own (`builtin`), or that of `transformers`."""
     assume_full_attention: bool = False
     """Plan layers of an unknown kind as full attention instead of refusing."""
     use_flashinfer_sampler: bool | None = None
@@ -162,8 +172,15 @@ class PlanOptions:
                 f"--gpu-memory-utilization {utilization} is out of range",
                 hint="a fraction such as 0.9",
             )
+        if self.optimization_level is not None and self.optimization_level > 3:
+            raise UsageError(f"-O {self.optimization_level} is out of range", hint="0 to 3")
         for name, known in _WORDS.items():
             word = getattr(self, name)
+            if name == "kv_cache_dtype" and word in _UNMODELLED_KV_DTYPES.split():
+                raise UnsupportedModelError(
+                    f"--kv-cache-dtype {word}, which vLLM has, is not modelled",
+                    hint="modelled: " + ", ".join(one for one in known if one != "float32"),
+                )
             if word not in known:
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"unknown {option} {word!r}", hint=", ".join(known))
@@ -204,6 +221,12 @@ class Resolved:
     async_scheduling: Option[bool] | None = None
     asked: PlanOptions = field(default_factory=PlanOptions)
     """What the user gave, for options that have no default to resolve."""
+
+    @property
+    def pool_is_given(self) -> bool:
+        """Whether the user said how large the pool is, whatever the budget leaves."""
+        blocks = self.asked.num_gpu_blocks_override
+        return self.kv_cache_memory_bytes.value is not None or blocks is not None
 
     def to_json(self) -> dict[str, Any]:
         """The options in schema 1."""

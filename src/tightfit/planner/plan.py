@@ -195,6 +195,8 @@ class ModelSummary:
     checkpoint_bytes: int
     weights_origin: str
     """`headers` if the checkpoint's own headers were read and agree, else `shapes`."""
+    is_encoder_decoder: bool = False
+    """Nothing works without its encoder: Whisper."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,10 +92,16 @@ class Pool(NamedTuple):
     """Of a pool whose size the user gave: what its rank may hold, which is all of the device."""
     excess_bytes: int = 0
     """What the device lacks for everything that the engine holds, inside the budget or not."""
+    free_bytes: int | None = None
+    """What is free when the engine starts, if its budget is more."""
+    refusal: str = ""
+    """The engine's words for that."""
 
     def holds(self, length: int) -> bool:
         """Whether one sequence of `length` tokens fits."""
-        return not self.excess_bytes and self.worst.kv.blocks(length) <= self.usable_blocks
+        if self.excess_bytes or self.free_bytes is not None:
+            return False
+        return self.worst.kv.blocks(length) <= self.usable_blocks
 
 
 def pool_of(
@@ -119,15 +125,24 @@ def pool_of(
         return budget - one.total_bytes
 
     worst = min(fixed, key=lambda one: available(one) // one.kv.bytes_per_block)
-    blocks = max(available(worst), 0) // worst.kv.bytes_per_block
-    blocks = engine.pool_blocks(blocks, worst.kv, resolved)
+    left = available(worst)
+    fitting = max(left, 0) // worst.kv.bytes_per_block
+    blocks = engine.pool_blocks(fitting, worst.kv, resolved)
+    if resolved.asked.num_gpu_blocks_override is not None:
+        left = blocks * worst.kv.bytes_per_block
     usable = max(blocks - engine.held_back_blocks, 0)
-    if device is None or (explicit is None and not (engine.models_driver and blocks)):
-        return Pool(budget, worst, available(worst), usable, blocks)
+    if device is None:
+        return Pool(budget, worst, left, usable, blocks)
+    free = min(engine.free_bytes(device, one.components) for one in fixed)
+    if budget is not None and budget > free:
+        words = engine.not_free(free, device, resolved)
+        return Pool(budget, worst, left, usable, blocks, free_bytes=free, refusal=words)
+    if not resolved.pool_is_given and not (engine.models_driver and blocks):
+        return Pool(budget, worst, left, usable, blocks)
     # A pool of a given size is allocated whatever the budget is, until memory ends; and what is
     # outside the budget may be more than the utilization leaves.
     limit = device.total_bytes // (parallel.world_size if device.kind == "cpu" else 1)
     largest = max(one.peak_bytes + blocks * one.kv.bytes_per_block for one in fixed)
     excess = max(largest - limit, 0)
-    given = None if explicit is None else limit
-    return Pool(budget, worst, available(worst), usable, blocks, given, excess)
+    given = limit if resolved.pool_is_given else None
+    return Pool(budget, worst, left, usable, blocks, given, excess)

@@ -83,7 +83,7 @@ _SCHEMES = {
     "fp8": "rounds weights and activations to 8 bits while loading: a little accuracy",
     "w8a16": "a checkpoint quantized to 8-bit weights: hardly any accuracy",
     "w4a16": "a checkpoint quantized to 4-bit weights, groups of 128: some accuracy",
-    "nvfp4": "a checkpoint quantized to 4-bit floats: some accuracy, needs Blackwell",
+    "nvfp4": "a checkpoint quantized to 4-bit floats: some accuracy, and fast on Blackwell only",
 }
 
 
@@ -202,7 +202,7 @@ _PROCESSOR: tuple[dict[str, Any], ...] = (
 
 def _multimodal(plan: Plan, options: PlanOptions) -> Iterator[Remedy]:
     names = {component.name for rank in plan.ranks for component in rank.components}
-    if options.language_model_only:
+    if options.language_model_only or plan.model.is_encoder_decoder:
         return
     step = Step(change="--language-model-only", options={"language_model_only": True})
     yield Remedy(costs="no images, video or audio at all", steps=(step,))
@@ -258,6 +258,7 @@ def _elsewhere(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterato
         one
         for one in CATALOGUE.values()
         if one.kind == device.kind
+        and not one.alone
         and one.bfloat16 >= device.bfloat16
         and one.total_bytes >= device.total_bytes + shortage_bytes
     ]
@@ -268,6 +269,11 @@ def _elsewhere(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterato
 
 
 def _other_pool(plan: Plan, options: PlanOptions, shortage_bytes: int) -> Iterator[Remedy]:
+    if options.num_gpu_blocks_override is not None:
+        change = "no --num-gpu-blocks-override"
+        step = Step(change=change, options={"num_gpu_blocks_override": None})
+        yield Remedy(costs="the KV cache is what the budget leaves", steps=(step,))
+        return
     given = options.kv_cache_memory_bytes
     if given is not None:
         smaller = (given - shortage_bytes) // MiB * MiB

@@ -15,8 +15,9 @@ from typing import Any, get_args, get_origin
 from tightfit.errors import UsageError
 from tightfit.planner.devices import Device, device, this_machine
 from tightfit.planner.options import PlanOptions
+from tightfit.planner.vllm_arguments import before
 from tightfit.planner.vllm_flags import SHORT
-from tightfit.units import GiB, parse_bytes, parse_tokens
+from tightfit.units import GiB, parse_bytes, parse_memory, parse_tokens
 
 _DEVICE = ("gpu", "gpu_memory")
 _INTERNAL = ("device", "tokenizer_json_bytes", "quantization_recipe")
@@ -57,6 +58,11 @@ def plan_options(given: Mapping[str, object]) -> PlanOptions:
     where: Device | None = device(gpu, gpu_memory)
     if where is None and values.get("engine") == "builtin":
         where = this_machine()
+    level = values.get("optimization_level")
+    if level is not None and before(values.get("engine_version"), "0.12"):
+        # There -O is the compilation mode.
+        del values["optimization_level"]
+        values["compilation_config"] = {"mode": level, **values.get("compilation_config", {})}
     recipe: Any = given.get("quantization_recipe")
     return PlanOptions(device=where, quantization_recipe=recipe, **values)
 
@@ -121,7 +127,7 @@ def _tokens(flag: str, value: object) -> int:
 
 
 def _bytes(flag: str, value: object) -> int:
-    return parse_bytes(value) if isinstance(value, str) else _whole(flag, value)
+    return parse_memory(value) if isinstance(value, str) else _whole(flag, value)
 
 
 def _whole(flag: str, value: object) -> int:
@@ -184,11 +190,11 @@ def _compilation(flag: str, value: object) -> dict[str, Any]:
 
 _READERS: Mapping[str, Callable[[str, object], Any]] = {
     "max_model_len": _length,
-    "max_num_seqs": _tokens,
     "max_num_batched_tokens": _tokens,
     "kv_cache_memory_bytes": _bytes,
     "cudagraph_capture_sizes": _sizes,
     "compilation_config": _compilation,
+    "hf_overrides": _object,
     "limit_mm_per_prompt": _object,
     "mm_processor_kwargs": _object,
     "mm_processor_cache_gb": _gib,

@@ -1,6 +1,7 @@
 """What a plan says of each rank, of the KV cache, and of whether it fits."""
 
 from tightfit.planner.engines.base import Engine
+from tightfit.planner.kv_kinds import LayerKind
 from tightfit.planner.options import Resolved
 from tightfit.planner.plan import Component, KVPlan, RankPlan, Verdict
 from tightfit.planner.pool import Fixed, Pool
@@ -17,11 +18,12 @@ def rank_plan(one: Fixed, pool: Pool, resolved: Resolved, engine: Engine) -> Ran
     else:
         blocks = pool.num_blocks
         reason = f"{blocks:,} blocks, as many as every rank can hold"
+    layers = ", ".join(_described(kind, count) for kind, count in one.kv.layers)
     kv_cache = Component(
         name="kv_cache",
         planned_bytes=blocks * block_bytes,
         origin="derived",
-        formula=f"{reason}, of {one.kv.block_size} tokens and {block_bytes:,} bytes each",
+        formula=f"{reason}, of {one.kv.block_size} tokens and {block_bytes:,} bytes each; {layers}",
     )
     weights, *others = one.components
     return RankPlan(
@@ -36,6 +38,16 @@ def rank_plan(one: Fixed, pool: Pool, resolved: Resolved, engine: Engine) -> Ran
         if engine.models_driver and pool.num_blocks is not None
         else None,
     )
+
+
+def _described(kind: LayerKind, count: int) -> str:
+    layers = f"{count} layers" if count > 1 else "1 layer"
+    if kind.is_state:
+        return f"{layers} of {kind.state_bytes:,} bytes a sequence"
+    reach = kind.chunk if kind.window is None else kind.window
+    local = "" if reach is None else f", of the last {reach:,}"
+    tokens = "a token" if kind.tokens_per_row == 1 else f"for {kind.tokens_per_row} tokens"
+    return f"{layers} of {kind.token_bytes:,} bytes {tokens}{local}"
 
 
 def kv_plan(pool: Pool, resolved: Resolved, engine: Engine) -> KVPlan:
@@ -71,6 +83,16 @@ def verdict_of(pool: Pool, engine: Engine, length: int, longest: int | None) -> 
             f"{length:,} tokens",
         )
     assert pool.available_bytes is not None
+    if pool.free_bytes is not None:
+        assert pool.budget_bytes is not None
+        free, budget = format_bytes(pool.free_bytes), format_bytes(pool.budget_bytes)
+        return Verdict(
+            fits=False,
+            reason=f"the budget is {budget}, and {free} are free when the engine starts: lower "
+            "--gpu-memory-utilization",
+            engine_message=pool.refusal,
+            max_model_len_that_fits=longest,
+        )
     if pool.excess_bytes:
         size, excess = format_bytes(pool.available_bytes), format_bytes(pool.excess_bytes)
         return Verdict(

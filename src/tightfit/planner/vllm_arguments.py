@@ -17,6 +17,7 @@ from tightfit.planner.vllm_flags import (
     KINDS,
     MATTERS,
     REMOVED,
+    REMOVED_MATTERS,
     SHORT,
     Kind,
 )
@@ -35,6 +36,8 @@ _SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
 class Arguments:
     """What has been read so far; later values win, as in argparse."""
 
+    version: str | None = None
+    """Of vLLM; without it the newest decides which flags there are."""
     options: dict[str, Any] = field(default_factory=dict)
     model: str | None = None
     revision: str | None = None
@@ -161,7 +164,7 @@ class Arguments:
             if level is None:
                 raise UsageError(f"{spelled} {read} is no level", hint="0 to 3")
             read = int(level[1])
-            if _before(self.options.get("engine_version"), (0, 12)):
+            if before(self.version, "0.12"):
                 name, read = "compilation_config", {"mode": read}
         if name == "compilation_config":
             read = self._compilation(read)
@@ -195,8 +198,15 @@ class Arguments:
             self.ignored.append(spelled)
             return
         gone = REMOVED[name]
-        self.warn(f"{spelled} is gone since vLLM {gone.since}: {gone.successor}")
-        if name == "cuda_graph_sizes":
+        known = before(self.version, gone.since)
+        if not known:
+            self.warn(f"{spelled} is gone since vLLM {gone.since}: {gone.successor}")
+        elif name in REMOVED_MATTERS:
+            self.warn(f"{spelled} can change memory, and is not modelled")
+        if name in ("rope_scaling", "rope_theta") and known:
+            overrides = {name: _read(KINDS[name], value, spelled)}
+            self.options["hf_overrides"] = {**self.options.get("hf_overrides", {}), **overrides}
+        elif name == "cuda_graph_sizes":
             sizes = _read("ints", value, spelled)
             if len(sizes) == 1:
                 self.options["max_cudagraph_capture_size"] = sizes[0]
@@ -217,9 +227,10 @@ def _dest(name: str) -> str:
     return longer[0] if len(longer) == 1 and len(name) > 3 else name
 
 
-def _before(version: str | None, minor: tuple[int, int]) -> bool:
-    numbers = re.findall(r"\d+", version or "")[:2]
-    return len(numbers) == 2 and tuple(map(int, numbers)) < minor
+def before(version: str | None, first: str) -> bool:
+    """Whether a version is older than another, as far as that says; False if it is not known."""
+    numbers, known = ([int(n) for n in re.findall(r"\d+", v or "")] for v in (version, first))
+    return len(numbers) > 1 and numbers[: len(known)] < known
 
 
 def _nested(keys: Sequence[str], text: str, spelled: str) -> dict[str, Any]:

@@ -38,8 +38,12 @@ class ParsedCommand:
     """Flags that do not matter to memory."""
 
 
-def parse_command(text: str) -> ParsedCommand:
+def parse_command(text: str, version: str | None = None) -> ParsedCommand:
     """Read a command line: `vllm serve`, `python -m vllm...`, `docker run`, or `LLM(...)`.
+
+    Args:
+        text: the command.
+        version: of vLLM, which knows the flags, where an image's tag does not say it.
 
     Raises:
         UsageError: no command of vLLM, quotes that do not close, or a value that vLLM would refuse.
@@ -52,7 +56,7 @@ def parse_command(text: str) -> ParsedCommand:
     if re.search(r"\b(?:LLM|EngineArgs|AsyncEngineArgs)\s*\(", text):
         from tightfit.planner.vllm_python import parse_call
 
-        return parse_call(text)
+        return parse_call(text, version)
     found = _Invocation()
     _find(_segments(text), found)
     if found.arguments is None:
@@ -60,7 +64,7 @@ def parse_command(text: str) -> ParsedCommand:
             f"no command of vLLM in {_short(text)!r}",
             hint='write it as "vllm serve MODEL --max-model-len 8192"',
         )
-    read = Arguments()
+    read = Arguments(version=version or found.version)
     if found.version is not None:
         read.options["engine_version"] = found.version
     for warning in found.warnings:
@@ -78,14 +82,14 @@ def parse_command(text: str) -> ParsedCommand:
     return _parsed(read, model, found.entrypoint)
 
 
-def parse_config_file(path: Path | str) -> ParsedCommand:
+def parse_config_file(path: Path | str, version: str | None = None) -> ParsedCommand:
     """Read the YAML file of `vllm serve --config`.
 
     Raises:
         ConfigError: no such file, too large, or not a YAML mapping of flags.
         UsageError: a value that vLLM would refuse.
     """
-    read = Arguments()
+    read = Arguments(version=version)
     _read_config(Path(path), read)
     return _parsed(read, None, "server")
 

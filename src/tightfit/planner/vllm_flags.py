@@ -190,6 +190,9 @@ REMOVED: Mapping[str, Removed] = {
     "device": Removed(since="0.10", successor="the build of vLLM, which decides"),
 }
 
+REMOVED_MATTERS = frozenset({"swap_space", "task", "speculative_model", "num_speculative_tokens"})
+"""Those of them that can change memory where they are known, and that a plan does not model."""
+
 HARMLESS_VALUES: Mapping[str, frozenset[str]] = {
     "runner": frozenset({"auto", "generate"}),
     "convert": frozenset({"auto", "none"}),
@@ -207,6 +210,7 @@ HARMLESS_VALUES: Mapping[str, frozenset[str]] = {
 
 ENVIRONMENT: Mapping[str, tuple[str, Kind]] = {
     "VLLM_USE_V2_MODEL_RUNNER": ("use_v2_model_runner", "bool"),
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": ("allow_long_max_model_len", "bool"),
     "VLLM_CPU_KVCACHE_SPACE": ("cpu_kvcache_space", "float"),
     "VLLM_MM_INPUT_CACHE_GIB": ("mm_processor_cache_gb", "float"),
 }
@@ -222,7 +226,6 @@ ENVIRONMENT_MATTERS = frozenset(
         "VLLM_USE_BREAKABLE_CUDAGRAPH",
         "VLLM_WEIGHT_OFFLOADING_DISABLE_UVA",
         "VLLM_ATTENTION_BACKEND",
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN",
         "VLLM_FUSED_MOE_CHUNK_SIZE",
         "VLLM_USE_FLASHINFER_MOE_FP4",
         "VLLM_USE_FLASHINFER_MOE_FP8",

@@ -10,7 +10,7 @@ from tightfit.planner.vllm_command import ParsedCommand
 _NAMES = {"LLM": "llm", "EngineArgs": "llm", "AsyncEngineArgs": "server"}
 
 
-def parse_call(text: str) -> ParsedCommand:
+def parse_call(text: str, version: str | None = None) -> ParsedCommand:
     """Read the first such call in a piece of Python.
 
     Raises:
@@ -26,7 +26,7 @@ def parse_call(text: str) -> ParsedCommand:
             hint='write it as LLM(model="MODEL", max_model_len=8192)',
         ) from error
     call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    read = Arguments()
+    read = Arguments(version=version)
     model = None
     for position, value in enumerate(call.args[:1]):
         model = str(_literal(value, f"argument {position}", read) or "") or None

@@ -77,6 +77,8 @@ class Attention(Mixer):
     """What scores are multiplied by, usually head_dim ** -0.5."""
     window: int | None = None
     """Tokens that a sliding layer sees, the current one included; None sees all."""
+    more_window: int = 0
+    """Tokens that vLLM keeps beyond the window: Command-R7B."""
     chunk: int | None = None
     """Tokens of a chunk, where attention sees only its own; None sees all."""
     value_dim: int | None = None
@@ -90,6 +92,10 @@ class Attention(Mixer):
     """Scores become `softcap * tanh(scores / softcap)`."""
     sinks: bool = False
     """A learned logit per head that takes attention from every token: gpt-oss."""
+    alibi: bool = False
+    """Scores fall with distance, at a rate of each head's own, where there is no rope: BLOOM."""
+    norms_after_rope: bool = False
+    """Queries and keys are rotated before they are normalized: HunYuan."""
     output_gate: bool = False
     """Queries come with as many features that gate the output: Qwen3-Next."""
     shares_cache: bool = False
@@ -188,7 +194,7 @@ class Attention(Mixer):
                 slots=heads,
                 key_size=self.head_dim,
                 value_size=self.v_dim,
-                window=self.window,
+                window=None if self.window is None else self.window + self.more_window,
                 chunk=self.chunk,
             ),
         )

@@ -26,6 +26,8 @@ OVERLAPPING = 4
 """The ratio whose rows overlap and are chosen by an indexer; others are all seen."""
 _PACKED_ROW = 584
 """Bytes of a row in vLLM's `fp8_ds_mla`: 448 of fp8, 64 bfloat16 that are rotated, 8 of scales."""
+_ALIGNMENT = 576
+"""Bytes that pages of `fp8_ds_mla`, and all that share blocks with them, are padded to."""
 _INDEX_SCALE = 4
 _WINDOW_BLOCK = 64
 _PARTIAL_BLOCKS = {4: 4, 128: 8}
@@ -68,6 +70,7 @@ class Compressor:
             window=self.ratio * self.width // self.head_dim,
             dtype="F32",
             block_size=_PARTIAL_BLOCKS[self.ratio],
+            page_alignment=_ALIGNMENT,
         )
 
 
@@ -153,6 +156,7 @@ class CompressedAttention(Mixer):
                 window=self.window,
                 dtype="U8",
                 block_size=_WINDOW_BLOCK,
+                page_alignment=_ALIGNMENT,
             )
         ]
         if self.compressor is not None:
@@ -170,7 +174,14 @@ class CompressedAttention(Mixer):
 def _rows(compressor: Compressor, kind: CacheKind, size: int) -> tuple[TokenCache, ...]:
     """What a compressor has finished, and what it has not."""
     ratio = compressor.ratio
-    rows = TokenCache(kind=kind, slots=1, key_size=size, dtype="U8", tokens_per_row=ratio)
+    rows = TokenCache(
+        kind=kind,
+        slots=1,
+        key_size=size,
+        dtype="U8",
+        tokens_per_row=ratio,
+        page_alignment=_ALIGNMENT,
+    )
     return rows, compressor.state()
 
 

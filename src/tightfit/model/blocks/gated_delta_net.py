@@ -1,14 +1,15 @@
 """Gated delta net: linear attention whose state forgets by head and is corrected by the delta rule.
 
-Qwen3-Next and Qwen3.5. Cuts are those of vLLM's `layers/mamba/gdn/qwen_gdn_linear_attn.py`, states
-those of `mamba_utils.py` (`gated_delta_net_state_shape`).
+Qwen3-Next, Qwen3.5 and OLMo Hybrid. Cuts are those of vLLM's `layers/mamba/gdn`
+(`qwen_gdn_linear_attn.py`, `olmo_gdn_linear_attn.py`), states those of `mamba_utils.py`
+(`gated_delta_net_state_shape`).
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tightfit.model.blocks.base import Mixer, Place
-from tightfit.model.blocks.linear import row_parallel, vector
+from tightfit.model.blocks.linear import column_parallel, linear, row_parallel, stack, vector
 from tightfit.model.blocks.mamba import convolution, dealt, projection, rows_of
 from tightfit.model.cache import Cache, State, StateCache
 from tightfit.model.layout import Axis, Cut, Part, Rank, Weight
@@ -109,3 +110,41 @@ class GatedDeltaNet(Mixer):
                 where=at.where,
                 linear=True,
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OlmoDeltaNet(GatedDeltaNet):
+    """The same, whose checkpoint has a matrix and a convolution for each input: OLMo Hybrid."""
+
+    def weights(self, place: Place) -> Iterator[Weight]:
+        """`in_proj_qkvg`, the gates of each head, the convolutions, and what follows.
+
+        vLLM holds the convolutions as one.
+        """
+        at, where = place.inside(self.module), place.where
+        keys, values, heads = self._keys(), self._values(self.head_v_dim), self._values(1)
+        members = {"q": keys, "k": keys, "v": values, "g": values}
+        yield from linear(
+            f"{at.prefix}.in_proj_qkvg",
+            stack(at.prefix, None, tuple((f"{n}_proj", axis) for n, axis in members.items())),
+            columns=place.hidden_size,
+            cut=Cut.OUTPUT,
+            where=where,
+            bias=False,
+        )
+        for name in ("b_proj", "a_proj"):
+            yield from column_parallel(
+                f"{at.prefix}.{name}", heads, columns=place.hidden_size, where=where
+            )
+        for name in ("q", "k", "v"):
+            yield from convolution(
+                f"{at.prefix}.{name}_conv1d",
+                (members[name],),
+                self.conv_kernel,
+                where=where,
+                bias=False,
+            )
+        for name in ("dt_bias", "A_log"):
+            yield dealt(f"{at.prefix}.{name}", heads, where)
+        yield vector(f"{at.prefix}.o_norm.weight", self.head_v_dim, where)
+        yield from row_parallel(f"{at.prefix}.o_proj", values, rows=place.hidden_size, where=where)

@@ -76,6 +76,23 @@ class ExpertNames:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How the scores of a router choose experts, and weigh their outputs.
+
+    Of several `groups` of experts only those of the best `top_groups` are chosen from. A group is
+    as good as its best expert (DeepSeek V2), or as its best two where a bias corrects the scores
+    (V3).
+    """
+
+    sigmoid: bool = False
+    """Scores are sigmoids of each logit, not a softmax of all."""
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    """What the outputs of the chosen experts are multiplied by."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MoE(Block):
     """A router and experts, of which every token uses `top_k`, and experts that all tokens use."""
 
@@ -85,6 +102,7 @@ class MoE(Block):
     activation: str
     renormalize: bool
     """Whether the weights of the chosen experts are made to sum to one."""
+    routing: Routing = Routing()
     module: str = "mlp"
     """The name of the module inside a layer: `mlp` or `block_sparse_moe`."""
     names: ExpertNames = ExpertNames()
@@ -105,25 +123,27 @@ class MoE(Block):
     """Width at which routed experts work, where it is not the hidden size: Nemotron 3 Super."""
     own_kernels: bool = False
     """Engines compute these experts in MXFP4 with kernels made for them: gpt-oss."""
+    zero_experts: int = 0
+    """Choices of the router that are no experts, but give a token back as it is: LongCat-Flash."""
     smallest_share: int = 0
     """vLLM fills narrower shares of an expert with zeros up to this: Kimi Linear, Kimi-K3."""
 
     def weights(self, place: Place) -> Iterator[Weight]:
         """Router and experts; gate and up of all experts are one tensor (vLLM's w13)."""
-        at = place.inside(self.module)
+        at, choices = place.inside(self.module), self.num_experts + self.zero_experts
         router = f"{at.prefix}.{self.router}"
         yield Weight(
             name=f"{router}.weight",
-            parts=(Part(source=f"{router}.weight", rows=self.num_experts),),
+            parts=(Part(source=f"{router}.weight", rows=choices),),
             columns=place.hidden_size,
             where=place.where,
             dtype=self.router_dtype,
         )
         if self.router_bias:
-            yield vector(f"{router}.bias", self.num_experts, place.where, self.router_dtype)
+            yield vector(f"{router}.bias", choices, place.where, self.router_dtype)
         if self.correction_bias is not None:
             name = f"{at.prefix}.{self.correction_bias}"
-            bias = vector(name, self.num_experts, place.where, self.correction_dtype)
+            bias = vector(name, choices, place.where, self.correction_dtype)
             yield replace(bias, stored_shape=self.correction_shape)
         yield from self._experts(at)
         if self.shared is not None:

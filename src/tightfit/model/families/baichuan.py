@@ -21,7 +21,7 @@ def spec(config: Config) -> ModelSpec:
     attention = decoder.attention(config, names=Projections(fused="W_pack"))
     rotates = config.strings("architectures")[0] == "BaiChuanForCausalLM"
     if not rotates and config.integer("hidden_size") != _ROPE_HIDDEN_SIZE:
-        attention = replace(attention, rope=None)
+        attention = replace(attention, rope=None, alibi=True)
     return decoder.model(
         config,
         decoder.uniform(config, attention, decoder.dense_mlp(config)),

@@ -32,6 +32,7 @@ def spec(config: Config) -> ModelSpec:
         config,
         qkv_bias=True,
         output_bias=True,
+        alibi=True,
         module="self_attention",
         names=Projections(fused="query_key_value", output="dense", by_group=True),
     )

@@ -52,6 +52,8 @@ def spec(config: Config) -> ModelSpec:
         config,
         decoder.uniform(config, attention, experts),
         norm_eps=1e-5,
+        norm_centers=True,
+        unmodelled="clip_qkv" if attn.raw("clip_qkv") else None,
         names=Names(
             embedding="transformer.wte",
             layers="transformer.blocks",

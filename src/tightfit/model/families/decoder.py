@@ -11,9 +11,9 @@ from typing import Any
 from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.blocks.attention import Attention, Rope
 from tightfit.model.blocks.base import Mixer
-from tightfit.model.blocks.mlp import DenseMLP, MoE
+from tightfit.model.blocks.mlp import DenseMLP, MoE, Routing
 from tightfit.model.config import Config
-from tightfit.model.spec import Layer, ModelSpec
+from tightfit.model.spec import Layer, ModelSpec, ropes
 
 MOST_EXPERTS = 10_000
 MOST_LAYERS = 1000
@@ -187,6 +187,16 @@ def shared_mlp(
     return DenseMLP(intermediate_size=intermediate_size, activation=activation, module=module)
 
 
+def corrected_routing(config: Config) -> Routing:
+    """DeepSeek V3's, as others spell and default it."""
+    return Routing(
+        sigmoid=True,
+        groups=config.integer("n_group", default=1),
+        top_groups=config.integer("topk_group", default=1),
+        scale=config.number("routed_scaling_factor", default=1.0),
+    )
+
+
 def uniform(config: Config, attention: Mixer, mlp: DenseMLP | MoE) -> tuple[Layer, ...]:
     """All layers alike."""
     layer = Layer(mixers=(attention,), mlp=mlp)
@@ -279,7 +289,10 @@ def layer_types(config: Config) -> Sequence[str]:
 
 def model(config: Config, layers: tuple[Layer, ...], **changes: Any) -> ModelSpec:
     """The rest of a `ModelSpec`; `changes` are its fields."""
+    original, found = "original_max_position_embeddings", ropes(layers)
+    moves = any((one.scaling or {}).get("rope_type") == "longrope" for one in found)
     fields: Mapping[str, Any] = {
+        "original_length": config.integer(original) if moves and config.has(original) else None,
         "architecture": config.strings("architectures")[0],
         "model_type": config.text("model_type", default=""),
         "dtype": config.dtype(),

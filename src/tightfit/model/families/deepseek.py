@@ -1,8 +1,9 @@
-"""DeepSeek V2 to V3.2, and what shares their layers: Kimi K2, GLM-4.7-Flash, GLM-5.
+"""DeepSeek MoE, V2 to V3.2, and what shares their layers: Kimi K2, GLM-4.7-Flash, GLM-5.
 
-Latent attention, the first layers dense, then experts with an MLP that all tokens share. V3.2 and
-GLM-5 add an indexer. Sources: vLLM's `models/deepseek_v2.py`, `models/deepseek_v32/`, and
-`models/glm4_moe_lite.py`; the defaults are transformers'.
+Latent attention, the first layers dense, then experts with an MLP that all tokens share. The first
+DeepSeek MoE has plain attention; V3.2 and GLM-5 add an indexer. Sources: vLLM's
+`models/deepseek_v2.py`, `models/deepseek_v32/`, and `models/glm4_moe_lite.py`; the defaults are
+transformers'.
 """
 
 import math
@@ -13,7 +14,7 @@ from tightfit.errors import ConfigError, UnsupportedModelError
 from tightfit.model.blocks.attention import Rope
 from tightfit.model.blocks.base import Mixer
 from tightfit.model.blocks.latent_attention import Indexer, LatentAttention
-from tightfit.model.blocks.mlp import MoE
+from tightfit.model.blocks.mlp import MoE, Routing
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.spec import ModelSpec
@@ -26,13 +27,16 @@ class _Defaults:
     q_lora_rank: int | None = 1536
     qk_nope_head_dim: int = 128
     v_head_dim: int = 128
-    n_routed_experts: int = 256
+    n_routed_experts: int | None = 256
     n_shared_experts: int = 1
-    num_experts_per_tok: int = 8
+    num_experts_per_tok: int | None = 8
     moe_intermediate_size: int = 2048
     first_k_dense_replace: int = 3
     norm_topk_prob: bool = True
     topk_method: str = "noaux_tc"
+    n_group: int = 8
+    topk_group: int = 4
+    routed_scaling_factor: float = 2.5
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
     index_n_heads: int | None = None
@@ -42,6 +46,19 @@ class _Defaults:
 
 _V3 = _Defaults()
 _DEFAULTS: Mapping[str, _Defaults] = {
+    "DeepseekForCausalLM": _Defaults(
+        n_routed_experts=None,
+        n_shared_experts=0,
+        num_experts_per_tok=None,
+        moe_intermediate_size=1407,
+        first_k_dense_replace=0,
+        norm_topk_prob=False,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=2048,
+    ),
     "DeepseekV2ForCausalLM": _Defaults(
         n_routed_experts=64,
         n_shared_experts=2,
@@ -49,12 +66,17 @@ _DEFAULTS: Mapping[str, _Defaults] = {
         first_k_dense_replace=0,
         norm_topk_prob=False,
         topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.0,
         max_position_embeddings=2048,
     ),
     "DeepseekV3ForCausalLM": _V3,
     "DeepseekV32ForCausalLM": replace(_V3, index_n_heads=64, max_position_embeddings=163_840),
     "GlmMoeDsaForCausalLM": replace(
         _V3,
+        n_group=1,
+        topk_group=1,
         q_lora_rank=2048,
         qk_nope_head_dim=192,
         v_head_dim=256,
@@ -64,6 +86,9 @@ _DEFAULTS: Mapping[str, _Defaults] = {
     ),
     "Glm4MoeLiteForCausalLM": replace(
         _V3,
+        n_group=1,
+        topk_group=1,
+        routed_scaling_factor=1.8,
         q_lora_rank=768,
         qk_nope_head_dim=192,
         v_head_dim=256,
@@ -165,7 +190,15 @@ def deepseek_rope(config: Config, rotary_dim: int) -> Rope:
 
 
 def _plain_attention(config: Config) -> bool:
-    """Small models have plain attention in the same layers: DeepSeek-VL2-tiny."""
+    """The first models have plain attention, and small ones in the same layers: DeepSeek-VL2-tiny.
+
+    vLLM tells the former by their model type (`models/deepseek_v2.py: use_mha`).
+    """
+    if config.strings("architectures")[0] == "DeepseekForCausalLM":
+        kind = config.text("model_type", default="deepseek")
+        if kind != "deepseek":
+            raise UnsupportedModelError(f"DeepseekForCausalLM of type {kind!r} is not modelled")
+        return True
     sizes = [config.raw(key, default=0) for key in ("qk_nope_head_dim", "qk_rope_head_dim")]
     told = config.mentions("qk_nope_head_dim") and config.mentions("qk_rope_head_dim")
     return told and sizes == [0, 0]
@@ -203,6 +236,20 @@ def _sparse(
     return tuple(reusing if reuses else choosing for reuses in reused)
 
 
+def _routing(config: Config, defaults: _Defaults, method: str) -> Routing:
+    default = "sigmoid" if method == "noaux_tc" else "softmax"
+    sigmoid = config.text("scoring_func", default=default) == "sigmoid"
+    scale = config.number("routed_scaling_factor", default=defaults.routed_scaling_factor)
+    if method == "greedy":
+        return Routing(sigmoid=sigmoid, scale=scale)
+    return Routing(
+        sigmoid=sigmoid,
+        groups=config.integer("n_group", default=defaults.n_group),
+        top_groups=config.integer("topk_group", default=defaults.topk_group),
+        scale=scale,
+    )
+
+
 def _experts(config: Config, defaults: _Defaults) -> MoE:
     width = config.integer("moe_intermediate_size", default=defaults.moe_intermediate_size)
     activation = config.text("hidden_act", default="silu")
@@ -221,6 +268,7 @@ def _experts(config: Config, defaults: _Defaults) -> MoE:
         intermediate_size=width,
         activation=activation,
         renormalize=config.boolean("norm_topk_prob", default=defaults.norm_topk_prob),
+        routing=_routing(config, defaults, method),
         router_dtype=defaults.router_dtype,
         correction_bias="gate.e_score_correction_bias" if method == "noaux_tc" else None,
         shared=decoder.shared_mlp(width * shared, activation),

@@ -26,6 +26,7 @@ def spec(config: Config) -> ModelSpec:
         intermediate_size=width,
         activation=activation,
         renormalize=config.boolean("norm_topk_prob"),
+        routing=decoder.corrected_routing(config),
         correction_bias="gate.e_score_correction_bias",
         shared=decoder.shared_mlp(width * shared, activation),
     )

@@ -38,6 +38,7 @@ def spec(config: Config) -> ModelSpec:
         rope=None if config.boolean("alibi") else decoder.rope(config, hidden_size // heads or 1),
         qkv_bias=bias,
         output_bias=bias,
+        alibi=config.boolean("alibi"),
         module="self_attention",
         names=Projections(fused="query_key_value", output="dense", by_group=True),
     )
@@ -55,6 +56,7 @@ def spec(config: Config) -> ModelSpec:
         default_tied=True,
         norm_eps=config.number("layer_norm_epsilon", default=1e-5),
         norm_bias=True,
+        parallel_residual=new or config.boolean("parallel_attn", default=True),
         names=Names(
             embedding="transformer.word_embeddings",
             layers="transformer.h",

@@ -38,6 +38,7 @@ def spec(config: Config) -> ModelSpec:
         names=_NAMES,
         norm_eps=config.positive("rms_norm_eps", default=1e-5),
         verified_for_sharding=parallel,
+        unmodelled=hybrid.limited_steps(config),
     )
 
 

@@ -38,6 +38,7 @@ def spec(config: Config) -> ModelSpec:
         activation=activation,
         renormalize=config.boolean("norm_topk_prob", default=True),
         router_dtype="F32",
+        routing=decoder.corrected_routing(config),
         correction_bias="gate.e_score_correction_bias",
         shared=decoder.shared_mlp(width * shared, activation),
     )

@@ -84,6 +84,7 @@ def spec(config: Config) -> ModelSpec:
                 "transformer.wpe", positions, hidden_size, Stage.FIRST if code else Stage.EVERY
             ),
         ),
+        positions="transformer.wpe.weight",
         every_stage_has_ends=not code,
         ignored_sources=(r"\.attn\.(bias|masked_bias)$", r"^transformer\.bias$"),
         verified_for_sharding=not code,

@@ -22,7 +22,7 @@ _DEFAULTS = {
 
 
 def spec(config: Config) -> ModelSpec:
-    """Whether MLP and attention are parallel changes no size; every head has keys of its own."""
+    """Every head has keys of its own."""
     config = config.renamed(_KEYS).with_defaults(_DEFAULTS).without("num_key_value_heads")
     bias = config.boolean("attention_bias", default=True)
     attention = decoder.attention(
@@ -45,6 +45,7 @@ def spec(config: Config) -> ModelSpec:
         decoder.uniform(config, attention, mlp),
         norm_eps=config.number("layer_norm_eps", default=1e-5),
         norm_bias=True,
+        parallel_residual=config.boolean("use_parallel_residual", default=True),
         names=Names(
             embedding="gpt_neox.embed_in",
             layers="gpt_neox.layers",

@@ -83,6 +83,18 @@ def granite_mamba(
     )
 
 
+def limited_steps(config: Config) -> str | None:
+    """Whether time steps are clamped, which changes no size and is not described."""
+    limit = config.raw("time_step_limit")
+    if limit is None or any(limit == [0.0, infinity] for infinity in _INFINITY):
+        return None
+    return f"time steps within the limits {str(limit)[:40]}"
+
+
+_INFINITY = (float("inf"), {"__float__": "Infinity"})
+"""How transformers writes it, before and since version 5."""
+
+
 def state_dtype(config: Config, key: str, **default: str) -> str:
     """The dtype of a recurrent state in safetensors' spelling.
 

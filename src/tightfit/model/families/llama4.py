@@ -73,7 +73,9 @@ def spec(config: Config) -> ModelSpec:
     layers = decoder.mixed(
         config, mixers, dense=dense, sparse=experts, is_sparse=lambda i: sparse[i]
     )
-    return decoder.model(config, layers)
+    return decoder.model(
+        config, layers, unmodelled="norms of queries and keys without weights, and a temperature"
+    )
 
 
 def _roped(config: Config, count: int) -> list[bool]:

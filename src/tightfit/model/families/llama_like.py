@@ -22,6 +22,7 @@ ARCHITECTURES = (
     "OlmoForCausalLM",
     "CwmForCausalLM",
     "HyperCLOVAXForCausalLM",
+    "TeleFLMForCausalLM",
 )
 
 # Others are unknown to vLLM 0.32, or hold what is not described here.
@@ -138,6 +139,7 @@ def _hunyuan(config: Config) -> ModelSpec:
     attention = decoder.attention(
         config,
         qk_norm=QKNorm.HEAD,
+        norms_after_rope=True,
         qkv_bias=bias,
         output_bias=bias,
         names=Projections(query_norm="query_layernorm", key_norm="key_layernorm"),
@@ -190,7 +192,12 @@ def _solar(config: Config) -> ModelSpec:
     attention = decoder.attention(config, window=window, qkv_bias=bias, output_bias=bias)
     mlp = decoder.dense_mlp(config, bias=config.boolean("mlp_bias"))
     names = Names(layer_norms=("input_layernorm", "post_attention_layernorm"))
-    return decoder.model(config, decoder.uniform(config, attention, mlp), names=names)
+    return decoder.model(
+        config,
+        decoder.uniform(config, attention, mlp),
+        names=names,
+        unmodelled="layers that read the states of earlier ones",
+    )
 
 
 def _orion(config: Config) -> ModelSpec:
@@ -207,7 +214,10 @@ def _olmo(config: Config) -> ModelSpec:
         config,
         decoder.uniform(config, attention, decoder.dense_mlp(config)),
         norm_eps=1e-5,
+        norm_centers=True,
+        norm_weights=False,
         names=Names(norm=None, layer_norms=()),
+        unmodelled="clip_qkv" if config.raw("clip_qkv") else None,
     )
 
 
@@ -242,6 +252,22 @@ def _hyperclovax(config: Config) -> ModelSpec:
     )
 
 
+def _teleflm(config: Config) -> ModelSpec:
+    """Tele-FLM and FLM-2: a Llama whose widths were scaled by muP, which scales its logits."""
+    bias = config.boolean("attention_bias") or config.boolean("bias")
+    attention = decoder.attention(config, qkv_bias=bias, output_bias=bias)
+    mlp = decoder.dense_mlp(config, bias=config.boolean("mlp_bias"))
+    scale = 1.0
+    if config.boolean("use_mup"):
+        scale = config.positive("output_mult") / config.positive("mup_scale_factor")
+    return decoder.model(
+        config,
+        decoder.uniform(config, attention, mlp),
+        logits_scale=scale,
+        unmodelled="muP" if config.boolean("use_mup") else None,
+    )
+
+
 _SPECS: Mapping[str, Callable[[Config], ModelSpec]] = {
     "SeedOssForCausalLM": _seed_oss,
     "SmolLM3ForCausalLM": _smollm3,
@@ -255,4 +281,5 @@ _SPECS: Mapping[str, Callable[[Config], ModelSpec]] = {
     "OlmoForCausalLM": _olmo,
     "CwmForCausalLM": _cwm,
     "HyperCLOVAXForCausalLM": _hyperclovax,
+    "TeleFLMForCausalLM": _teleflm,
 }

@@ -1,4 +1,4 @@
-"""LLaVA 1.5: CLIP and a projector before a Llama, Mistral or Qwen2."""
+"""LLaVA 1.5 and Pixtral: CLIP or its kin and a projector before a Llama, Mistral or Qwen2."""
 
 from dataclasses import replace
 
@@ -11,12 +11,12 @@ from tightfit.model.towers.llava import llava_tower
 
 ARCHITECTURES = ("LlavaForConditionalGeneration",)
 
-_TEXT = {
+DECODERS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-_LLAMA = {
+LLAMA = {
     "vocab_size": 32_000,
     "hidden_size": 4096,
     "intermediate_size": 11_008,
@@ -35,12 +35,14 @@ def spec(config: Config) -> ModelSpec:
     """
     text = config.section("text_config") or Config({})
     kind = text.text("model_type", default="llama")
-    if kind not in _TEXT:
+    if kind not in DECODERS:
         raise UnsupportedModelError(
-            f"LLaVA with a decoder {kind!r} is not modelled", hint="known: " + ", ".join(_TEXT)
+            f"LLaVA with a decoder {kind!r} is not modelled", hint="known: " + ", ".join(DECODERS)
         )
-    decoder = text_spec(config, _TEXT[kind], defaults=_LLAMA if kind == "llama" else {})
+    decoder = text_spec(config, DECODERS[kind], defaults=LLAMA if kind == "llama" else {})
     tower = llava_tower(config, decoder.hidden_size)
     at = "language_model"
-    model = nested(decoder, f"{at}.model", f"{at}.lm_head", (tower,), verified=True)
+    vision = config.section("vision_config") or Config({}, name=config.name)
+    clip = vision.text("model_type", default="clip_vision_model") == "clip_vision_model"
+    model = nested(decoder, f"{at}.model", f"{at}.lm_head", (tower,), verified=clip)
     return replace(model, ignored_sources=(*model.ignored_sources, r"\.position_ids$"))

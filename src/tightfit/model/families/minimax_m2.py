@@ -5,7 +5,7 @@ Source: vLLM's `models/minimax_m2.py`, which routes in float32; the defaults are
 
 from tightfit.errors import UnsupportedModelError
 from tightfit.model.blocks.attention import QKNorm
-from tightfit.model.blocks.mlp import ExpertNames, MoE
+from tightfit.model.blocks.mlp import ExpertNames, MoE, Routing
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
 from tightfit.model.spec import ModelSpec
@@ -43,6 +43,7 @@ def spec(config: Config) -> ModelSpec:
         activation=config.text("hidden_act", default="silu"),
         renormalize=True,
         module="block_sparse_moe",
+        routing=Routing(sigmoid=True),
         router_dtype="F32",
         correction_bias="e_score_correction_bias" if biased else None,
         names=ExpertNames(

@@ -37,6 +37,7 @@ def spec(config: Config) -> ModelSpec:
         num_kv_heads=options.integer("kv_n_heads", default=config.integer("num_attention_heads")),
         qkv_bias=bias,
         output_bias=bias,
+        alibi=True,
         module="attn",
         names=Projections(fused="Wqkv", output="out_proj"),
     )
@@ -53,6 +54,7 @@ def spec(config: Config) -> ModelSpec:
         default_tied=True,
         norm_eps=config.number("layer_norm_epsilon", default=1e-5),
         norm_bias=bias,
+        norm_centers=True,
         names=Names(
             embedding="transformer.wte",
             layers="transformer.blocks",

@@ -66,6 +66,9 @@ def spec(config: Config) -> ModelSpec:
             learned_positions(f"{_DECODER}.embed_positions", rows, hidden_size, Stage.EVERY),
             *ends,
         ),
+        positions=f"{_DECODER}.embed_positions.weight",
+        first_position=_OFFSET,
+        unmodelled=None if before else "norms of the residual stream itself",
         every_stage_has_ends=True,
     )
 

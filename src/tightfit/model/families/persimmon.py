@@ -32,6 +32,7 @@ def spec(config: Config) -> ModelSpec:
         output_bias=True,
         names=Projections(
             fused="query_key_value",
+            by_group=True,
             output="dense",
             query_norm="q_layernorm",
             key_norm="k_layernorm",

@@ -70,6 +70,7 @@ def spec(config: Config) -> ModelSpec:
         decoder.uniform(config, attention, mlp),
         norm_eps=config.number("layer_norm_eps", "layer_norm_epsilon", default=1e-5),
         norm_bias=True,
+        parallel_residual=True,
         head_bias=True,
         names=names,
         ignored_sources=(r"\.rotary_emb\.", r"\.inner_attn\.", r"\.inner_cross_attn\."),

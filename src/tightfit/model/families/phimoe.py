@@ -40,4 +40,5 @@ def spec(config: Config) -> ModelSpec:
         norm_bias=True,
         head_bias=config.boolean("lm_head_bias"),
         every_stage_has_ends=True,
+        unmodelled="experts chosen by a sparse mixer",
     )

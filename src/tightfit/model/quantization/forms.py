@@ -139,7 +139,7 @@ def _tensor(weight: Weight, form: Form) -> Weight:
         cut=Cut.NONE if whole else weight.cut,
         input_axis=None
         if whole or not columns
-        else _blocked(weight.input_axis, columns, form, weight),
+        else _blocked(weight.input_axis, columns, form, f"inputs of {tail(weight)}"),
         transposed=form.transposed and columns is not None,
         linear=False,
         optional=form.optional,
@@ -171,7 +171,7 @@ def _part(part: Part, form: Form, weight: Weight) -> Part:
         part,
         source=source,
         rows=cdiv(part.rows, form.rows),
-        axis=_blocked(part.axis, form.rows, form, weight),
+        axis=_blocked(part.axis, form.rows, form, f"outputs of {tail(weight)}"),
         first_row=part.first_row // form.rows,
         source_rows=cdiv(part.source_rows, form.rows),
         run_rows=part.run_rows // form.rows,
@@ -179,11 +179,10 @@ def _part(part: Part, form: Form, weight: Weight) -> Part:
     )
 
 
-def _blocked(axis: Axis | None, block: int, form: Form, weight: Weight) -> Axis | None:
+def _blocked(axis: Axis | None, block: int, form: Form, what: str) -> Axis | None:
     if axis is None or block == 1:
         return axis
-    blocks = axis.in_blocks(block, f"{axis.label} of {tail(weight)}")
-    return replace(blocks, local_blocks=form.local)
+    return replace(axis.in_blocks(block, what), local_blocks=form.local)
 
 
 def tail(weight: Weight) -> str:

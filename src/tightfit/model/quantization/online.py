@@ -139,6 +139,12 @@ def quantize_spec(
             padded_experts=online.padded_experts,
         )
         return replace(spec, quantization=OnlineQuantization(recipe=recipe))
+    if wish is None and scheme in _METHODS and scheme not in SCHEMES:
+        raise UsageError(
+            f"--quantization {scheme} is a method of checkpoints, and config.json has no "
+            "quantization_config",
+            hint="give the quantized checkpoint; or quantize while loading: " + ", ".join(ONLINE),
+        )
     if wish is None and scheme not in SCHEMES:
         raise UsageError(
             f"unknown --quantization {scheme!r}",

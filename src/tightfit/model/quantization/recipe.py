@@ -52,6 +52,8 @@ class Recipe(Quantization):
     """A rank's width of experts is a multiple of this, if TP does not divide them evenly."""
     expert_block: int | None = None
     """Rows and columns of a block of the experts' scales, where an engine makes them smaller."""
+    cuts_fused: bool = False
+    """An engine lets shares of fused matrices end within a block of scales."""
     placeholders: tuple[Form, ...] = ()
     """What an engine has beside each attention layer until its weights are loaded."""
     latent_placeholders: bool = False
@@ -93,14 +95,21 @@ class Recipe(Quantization):
             LayoutError, UnsupportedModelError: as `apply`.
         """
         forms = self.forms(weight)
-        if self.padded_experts and weight.experts:
-            weight = _padded(weight, self.padded_experts)
+        weight = self.padded(weight)
         if forms is None:
             yield None, weight
         else:
             if weight.experts and self.expert_block:
                 forms = tuple(_in_blocks(form, self.expert_block) for form in forms)
+            if self.cuts_fused and len(weight.parts) > 1 and not weight.experts:
+                forms = tuple(replace(form, local=form.ragged) for form in forms)
             yield from created(self._split(weight), forms)
+
+    def padded(self, weight: Weight) -> Weight:
+        """The weight, of experts with the widths that ranks have of them."""
+        if not self.padded_experts or not weight.experts:
+            return weight
+        return _padded(weight, self.padded_experts)
 
     def forms(self, weight: Weight) -> Forms | None:
         """The forms of a weight, or None if it stays as it is.

@@ -152,7 +152,7 @@ def _section(
                 "quant_method": "awq",
                 "version": "gemm",
                 "bits": 4,
-                "group_size": _only(wish).group or -1,
+                "group_size": wish.choices[0].group or -1,
                 "zero_point": True,
                 "lm_head": spec.names.head in quantized,
                 # They match anywhere in a name, so that a router called `gate` stays off the list:
@@ -224,7 +224,7 @@ def _arguments(choice: Choice) -> dict[str, Any]:
 
 
 def _gptq(spec: ModelSpec, wish: Wish, kept: list[str], quantized: list[str]) -> dict[str, Any]:
-    choice = _only(wish)
+    choice = wish.choices[0]
     found: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": int(choice.scheme[1]),
@@ -253,11 +253,6 @@ def _called(names: Iterable[str]) -> Iterator[str]:
 def _containers(names: Iterable[str]) -> Iterator[str]:
     """Modules that hold experts: engines ask for them, and not for each expert."""
     return (_EXPERT.sub("", name) for name in names if _EXPERT.search(name))
-
-
-def _only(wish: Wish) -> Choice:
-    (choice,) = wish.choices
-    return choice
 
 
 def _never(spec: ModelSpec) -> Iterator[str]:

@@ -6,7 +6,7 @@ A `Wish` is what a user says: a scheme for everything, others by pattern, and wh
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from tightfit.errors import UnsupportedModelError, UsageError
@@ -16,6 +16,7 @@ from tightfit.model.layout import Rank, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization import compressed_tensors, modelopt, schemes
 from tightfit.model.quantization.forms import Forms
+from tightfit.model.quantization.leaving import ignoring, short_names
 from tightfit.model.quantization.matching import Names, may_explode
 from tightfit.model.quantization.recipe import Recipe, Rule, split_experts
 from tightfit.model.spec import ModelSpec
@@ -30,12 +31,22 @@ GROUP_SIZES = (-1, 32, 64, 128)
 COMPRESSED_TENSORS = "compressed-tensors"
 
 
+class ChoiceError(UsageError):
+    """No such choice; `key` is the field that is wrong."""
+
+    def __init__(self, key: str, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.key = key
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A scheme, as it is written for one matrix; the group size is -1 for whole rows.
+    """A scheme, as it is written for one matrix.
+
+    The group size is -1 for whole rows, and None for that of `GROUP_SIZE`, however it is given.
 
     Raises:
-        UsageError: no such scheme or format, or a group size where there are no groups.
+        ChoiceError: no such scheme or format, or a group size where there are no groups.
     """
 
     scheme: str
@@ -44,28 +55,44 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
-            raise UsageError(
-                f"there is no scheme {self.scheme!r}", hint="schemes: " + ", ".join(SCHEMES)
+            # What vLLM calls `fp8` while it loads, three of these write.
+            close = [name for name in SCHEMES if name.startswith(f"{self.scheme}-")]
+            raise ChoiceError(
+                "scheme",
+                f"there is no scheme {self.scheme!r}",
+                hint=f"did you mean {' or '.join(close)}?"
+                if close
+                else "schemes: " + ", ".join(SCHEMES),
             )
         size = self.group_size
-        if size is not None and (self.scheme not in GROUPED or size < -1 or not size):
-            raise UsageError(
+        if size is not None and self.scheme not in GROUPED:
+            raise ChoiceError(
+                "group_size",
                 f"a group size of {size} with the scheme {self.scheme}",
                 hint=f"a size, or -1 for whole rows, belongs to {', '.join(GROUPED)}",
             )
         if size is not None and size not in GROUP_SIZES:
-            raise UsageError(
+            raise ChoiceError(
+                "group_size",
                 f"groups of {size} inputs, for which engines have no kernels",
                 hint="group sizes: " + ", ".join(map(str, GROUP_SIZES)) + " (-1 for whole rows)",
             )
+        if self.format not in FORMATS:
+            raise ChoiceError(
+                "format",
+                f"there is no format {self.format!r}",
+                hint="formats: " + ", ".join(FORMATS),
+            )
         if (self.format, self.scheme) not in _FORMS:
             fine = [scheme for format, scheme in _FORMS if format == self.format]
-            raise UsageError(
+            raise ChoiceError(
+                "format",
                 f"the format {self.format!r} does not have the scheme {self.scheme}",
-                hint=f"{self.format} has {', '.join(fine)}"
-                if fine
-                else "formats: " + ", ".join(dict.fromkeys(format for format, _ in _FORMS)),
+                hint=f"{self.format} has {', '.join(fine)}",
             )
+        if size == GROUP_SIZE:
+            # What is the same has to be equal.
+            object.__setattr__(self, "group_size", None)
 
     @property
     def forms(self) -> Forms:
@@ -137,7 +164,8 @@ class Wish:
         """The one that all have.
 
         Raises:
-            UsageError: they have several, or nothing is to be quantized.
+            UsageError: they have several, or one that does not mix schemes; or nothing is to be
+                quantized.
         """
         formats = {choice.format for choice in self.choices}
         if len(formats) != 1:
@@ -149,7 +177,14 @@ class Wish:
                 if formats
                 else "give a scheme",
             )
-        return formats.pop()
+        (format,) = formats
+        if format != COMPRESSED_TENSORS and len(self.choices) > 1:
+            raise UsageError(
+                f"the format {format} has one scheme and one group size, and the recipe has "
+                f"{self.label}",
+                hint="leave the others alone (keep: true), or choose --format compressed-tensors",
+            )
+        return format
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -171,11 +206,11 @@ def decide(spec: ModelSpec, wish: Wish) -> Decisions:
     """What becomes of every matrix that can be quantized.
 
     Raises:
-        UsageError: a rule matches nothing, is no regular expression, or could take forever.
+        UsageError: a scheme is for nothing, or a pattern is no regular expression, or could take
+            forever.
     """
     kept = frozenset(_kept(spec))
-    patterns = [(_compiled(pattern), choice) for pattern, choice in wish.rules]
-    used: set[str] = set()
+    patterns = [(compiled(pattern), choice) for pattern, choice in wish.rules]
     found: dict[str, Choice | None] = {}
     for weight in matrices(spec):
         by_default = weight.linear and isinstance(weight.where, int)
@@ -184,12 +219,11 @@ def decide(spec: ModelSpec, wish: Wish) -> Decisions:
             decision = wish.default if by_default and module not in kept else None
             for pattern, choice in patterns:
                 if pattern.search(module):
-                    used.add(pattern.pattern)
                     decision = choice
                     break
             found[module] = decision
     for pattern, choice in patterns:
-        if pattern.pattern not in used and choice is not None:
+        if choice is not None and not any(map(pattern.search, found)):
             raise UsageError(
                 f"the pattern {pattern.pattern!r} matches nothing of {spec.architecture} that "
                 "can be quantized",
@@ -213,10 +247,10 @@ def written(spec: ModelSpec, wish: Wish) -> Recipe:
     """The recipe of the checkpoint that is written.
 
     Raises:
-        UsageError: as `decide` and `Wish.format`.
-        UnsupportedModelError: engines hold matrices as one, or experts together, that are to be
-            quantized differently; a matrix is stored in a way that quantized checkpoints have no
-            form for; or nothing is left to quantize.
+        UsageError: as `decide` and `Wish.format`; or engines hold matrices as one, or experts
+            together, that are to be quantized differently; or nothing is left to quantize.
+        UnsupportedModelError: a matrix is stored in a way that quantized checkpoints have no form
+            for, or engines have no such experts.
     """
     decisions = decide(spec, wish)
     head = f"{spec.names.head}.weight"
@@ -239,38 +273,57 @@ def written(spec: ModelSpec, wish: Wish) -> Recipe:
     return recipe
 
 
+def held_together(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Modules that engines hold as one, or as experts of one layer, by the name that they get."""
+    found: dict[str, dict[str, None]] = {}
+    for weight in matrices(spec):
+        name = weight.name.rpartition(".")[0] if weight.experts else weight.name
+        modules = (module_name(part.source) for part in split_experts(weight).parts)
+        found.setdefault(name, {}).update(dict.fromkeys(modules))
+    return {name: tuple(modules) for name, modules in found.items()}
+
+
 def check_together(spec: ModelSpec, decisions: Decisions) -> None:
     """What engines hold as one is quantized in one way, and so are all matrices of experts.
 
     Raises:
-        UnsupportedModelError: it is not, nothing is quantized at all, or engines have no such
-            experts.
+        UsageError: it is not, or nothing is quantized at all.
+        UnsupportedModelError: engines have no such experts.
     """
-    together: dict[str, dict[str, Choice | None]] = {}
     for weight in matrices(spec):
-        name = weight.name.rpartition(".")[0] if weight.experts else weight.name
-        for part in split_experts(weight).parts:
-            module = module_name(part.source)
-            together.setdefault(name, {})[module] = choice = decisions[module]
-            if weight.experts and choice is not None and choice.scheme == "fp8-tensor":
-                # vLLM asserts it (`compressed_tensors_moe_w8a8_fp8.py`, 0.25 to 0.32).
-                raise UnsupportedModelError(
-                    f"{module} in {choice.label}: vLLM multiplies experts whose weights have one "
-                    "scale only with static scales of activations, which this scheme has not",
-                    hint="use fp8-channel, or leave experts as they are (--ignore '\\.experts\\.')",
-                )
-    for name, parts in together.items():
-        if len(set(parts.values())) > 1:
-            each = ", ".join(f"{m} {c.label if c else 'as it is'}" for m, c in parts.items())
+        module = module_name(split_experts(weight).parts[0].source)
+        choice = decisions[module]
+        if weight.experts and choice is not None and choice.scheme == "fp8-tensor":
+            # vLLM asserts it (`compressed_tensors_moe_w8a8_fp8.py`, 0.25 to 0.32).
             raise UnsupportedModelError(
-                f"engines hold {name} as one, and its parts would differ: {each}",
-                hint="let the patterns match all of them, or none",
+                f"{module} in {choice.label}: vLLM multiplies experts whose weights have one "
+                "scale only with static scales of activations, which this scheme has not",
+                hint="use fp8-channel, or leave experts as they are (--ignore '\\.experts\\.')",
             )
+    together = held_together(spec).values()
+    split = [parts for parts in together if len({decisions[part] for part in parts}) > 1]
+    if split:
+        raise _split(split, decisions)
     if not any(decisions.values()):
-        raise UnsupportedModelError(
+        raise UsageError(
             f"nothing of {spec.architecture} would be quantized",
             hint="its matrices were all left alone; name them with a rule",
         )
+
+
+def _split(groups: Collection[tuple[str, ...]], decisions: Decisions) -> UsageError:
+    """What would be torn apart, layers that are alike in one, and the pattern that does not."""
+    said = {}
+    for parts in groups:
+        labels = {part: c.label if (c := decisions[part]) else "as it is" for part in parts}
+        said[", ".join(f"{short_names([part])[0]} {label}" for part, label in labels.items())] = 0
+    whole = [part for parts in groups for part in parts]
+    rest = {name for name, choice in decisions.items() if choice is not None} - set(whole)
+    return UsageError(
+        f"engines hold as one what would be quantized differently: {'; '.join(said)}",
+        hint=f"leave all of it alone: --ignore '{ignoring(whole, rest)}'; or let patterns match "
+        "all parts, or none",
+    )
 
 
 def _check_storage(weight: Weight) -> None:
@@ -290,7 +343,12 @@ def _check_storage(weight: Weight) -> None:
         )
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of a rule.
+
+    Raises:
+        UsageError: it is no regular expression, or could take forever to match.
+    """
     if may_explode(pattern):
         raise UsageError(
             f"the pattern {pattern[:80]!r} could take forever to match: its repeats are nested, "

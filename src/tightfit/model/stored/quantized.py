@@ -28,13 +28,16 @@ def quantized_tensors(
         LayoutError: the layout, or the scheme, does not divide this weight.
         UnsupportedModelError: parts of the weight are quantized differently.
     """
-    if recipe.padded_experts:
-        recipe = replace(recipe, padded_experts=MXFP4_BLOCK)
-    for form, held in recipe.created(weight):
+    for form, held in in_blocks(recipe).created(weight):
         # Boxes see sources without dimensions that mean nothing to an engine.
         flat = held if form is None else replace(held, stored_shape=None)
         tensor = flat.rank_tensor(rank, dtype)
         yield tensor if form is None else _as_held(form, held, tensor, dtype)
+
+
+def in_blocks(recipe: Recipe) -> Recipe:
+    """The recipe with experts as wide as files have them."""
+    return replace(recipe, padded_experts=MXFP4_BLOCK) if recipe.padded_experts else recipe
 
 
 def _as_held(form: Form, held: Weight, tensor: RankTensor, dtype: str) -> RankTensor:

@@ -34,14 +34,12 @@ class Clip(VisionSizes):
         yield from self.layers(prefix).weights()
         yield from norm(f"{prefix}.post_layernorm", size, WHERE, bias=True)
 
-    def unbuilt(self, prefix: str, layers: int) -> frozenset[str]:
-        """Names of what vLLM leaves out when `layers` layers are enough."""
-        if layers >= self.num_layers:
-            return frozenset()
-        every = self.layers(prefix)
-        late = (weight for i in range(layers, self.num_layers) for weight in every.layer(i))
-        last = norm(f"{prefix}.post_layernorm", self.hidden_size, WHERE, bias=True)
-        return frozenset(weight.name for weight in (*late, *last))
+    def unbuilt(self, prefix: str, layers: int, *, last_norm: bool = True) -> frozenset[str]:
+        """Names of what vLLM leaves out when `layers` layers are enough.
+
+        `last_norm` says that it builds the last norm if all of them are needed.
+        """
+        return left_out(self.layers(prefix), prefix, layers, last_norm=last_norm)
 
     def layers(self, prefix: str) -> VisionLayers:
         """The layers of the encoder."""
@@ -54,6 +52,15 @@ class Clip(VisionSizes):
             ),
             mlp=vision_mlp(self.intermediate_size, self.activation),
         )
+
+
+def left_out(every: VisionLayers, prefix: str, layers: int, *, last_norm: bool) -> frozenset[str]:
+    """Names of what follows the first `layers` layers of an encoder, and of its last norm."""
+    if layers >= every.num_layers and last_norm:
+        return frozenset()
+    late = (weight for i in range(layers, every.num_layers) for weight in every.layer(i))
+    last = norm(f"{prefix}.post_layernorm", every.hidden_size, WHERE, bias=True)
+    return frozenset(weight.name for weight in (*late, *last))
 
 
 def clip(config: Config) -> Clip:

@@ -1,7 +1,8 @@
-"""Images and chunks of videos of Kimi K2.5, and images of Kimi K3.
+"""Images and chunks of videos of Kimi K2.5, and images of Kimi-VL and Kimi K3.
 
-Sources: vLLM's `kimi_k25.py`, `kimi_k25_vision_fused.py` and `kimi_k3/common/mm_preprocess.py`. The
-default settings are those of the published `preprocessor_config.json`, in `media_proc_cfg`.
+Sources: vLLM's `kimi_vl.py`, `kimi_k25.py`, `kimi_k25_vision_fused.py` and
+`kimi_k3/common/mm_preprocess.py`. The default settings are those of the published
+`preprocessor_config.json`, of the later ones in `media_proc_cfg`.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,12 +12,14 @@ from math import sqrt
 from typing import Any
 
 from tightfit.model.towers.base import Item, Media, Sizes, scoped, size_limit, whole_number
-from tightfit.units import round_up
+from tightfit.units import cdiv, round_up
 
 KNOWN_LARGEST = (7041, 1861)
 """Height and width of the largest image of K3, as `search_largest` finds them."""
 PROFILED_SIDE = 3000
 """Pixels of the image that vLLM profiles (`kimi_k25.py: MaxImageTokenMeta`)."""
+_FIRST_SIDE = 1024
+"""The same of Kimi-VL (`kimi_vl.py`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,33 @@ class MoonMedia(Media):
             side_limit=side_limit,
         )
         return rows * columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstMoonImages(Media):
+    """Images of Kimi-VL, of which vLLM profiles one of 1024 x 1024 pixels.
+
+    The limit is that of the published Kimi-VL-A3B-Instruct.
+    """
+
+    patch_size: int
+    merge_size: int
+    patch_limit: int = 4096
+
+    def items(
+        self, processor: Mapping[str, Any], max_tokens: int, sizes: Sizes, active: Collection[str]
+    ) -> tuple[Item, ...]:
+        """Source: vLLM's `kimi_vl.py: get_num_image_tokens`."""
+        limit = whole_number(scoped(processor, "images_kwargs"), "in_token_limit", self.patch_limit)
+        sides = [size_limit(sizes, "image", side, _FIRST_SIDE) for side in ("height", "width")]
+        inside = (sides[0] // self.patch_size) * (sides[1] // self.patch_size)
+        if inside > limit:
+            sides = [int(side * sqrt(limit / inside)) for side in sides]
+        unit = self.patch_size * self.merge_size
+        tokens = max(1, cdiv(sides[0], unit) * cdiv(sides[1], unit))
+        patches = tokens * self.merge_size**2
+        inputs = patches * 3 * self.patch_size**2
+        return (Item(modality="image", patches=patches, tokens=tokens, inputs=inputs),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""MoonViT3d of Kimi K2.5 and K3 (vLLM's `kimi_k25_vit.py`).
+"""MoonViT of Kimi-VL (vLLM's `moonvit.py`), MoonViT3d of Kimi K2.5 and K3 (`kimi_k25_vit.py`).
 
 vLLM takes images and chunks of videos of K2.5 as one modality, `vision_chunk`. It replicates the
 layers when their heads cannot be dealt, and the projector always, and quantizes neither: the
@@ -13,8 +13,8 @@ from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm, replicated
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
-from tightfit.model.towers.base import Tower
-from tightfit.model.towers.moon_media import MoonImages, MoonMedia
+from tightfit.model.towers.base import Media, Tower
+from tightfit.model.towers.moon_media import FirstMoonImages, MoonImages, MoonMedia
 from tightfit.model.towers.vit import (
     WHERE,
     VisionLayers,
@@ -50,6 +50,15 @@ _K3 = {
 """Of vLLM's config classes."""
 
 
+_FIRST = {
+    "vt_num_attention_heads": "num_attention_heads",
+    "vt_num_hidden_layers": "num_hidden_layers",
+    "vt_hidden_size": "hidden_size",
+    "vt_intermediate_size": "intermediate_size",
+}
+"""What the configs of Kimi-VL call them."""
+
+
 def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False) -> Tower:
     """The tower of a Kimi K2.5, or of a K3.
 
@@ -58,6 +67,29 @@ def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False)
     """
     section = config.section("vision_config") or Config({}, name=config.name)
     vision = section.with_defaults(_K3 if third else _K2_5)
+    patch, merge = vision.integer("patch_size", default=14), _merge(vision)
+    media: Media = MoonMedia(
+        patch_size=patch, merge_size=merge, patch_limit=16_384, frame_patch_limit=4096
+    )
+    if third:
+        media = MoonImages(patch_size=patch, merge_size=merge)
+    return _tower(vision, text_hidden_size, media, "image" if third else "vision_chunk")
+
+
+def first_moonvit_tower(config: Config, text_hidden_size: int) -> Tower:
+    """The tower of a Kimi-VL, whose layers vLLM always cuts.
+
+    Raises:
+        UnsupportedModelError: patches are not merged in squares.
+    """
+    section = config.section("vision_config") or Config({}, name=config.name)
+    vision = section.renamed(_FIRST).with_defaults({**_K2_5, "mm_projector_type": "first"})
+    patch = vision.integer("patch_size", default=14)
+    media = FirstMoonImages(patch_size=patch, merge_size=_merge(vision))
+    return _tower(vision, text_hidden_size, media, "image")
+
+
+def _tower(vision: Config, text_hidden_size: int, media: Media, modality: str) -> Tower:
     hidden, heads = vision.integer("vt_hidden_size"), vision.integer("vt_num_attention_heads")
     width = vision.integer("qkv_hidden_size", default=hidden)
     if width % heads:
@@ -91,17 +123,12 @@ def moonvit_tower(config: Config, text_hidden_size: int, *, third: bool = False)
         mlp=mlp,
         norms=("norm0", "norm1"),
         norm_bias=kind == "layernorm",
-        whole_unless_heads_divide=True,
+        whole_unless_heads_divide=vision.text("mm_projector_type") != "first",
     )
-    patch, merge = vision.integer("patch_size", default=14), _merge(vision)
     return Tower(
-        modalities=("image",) if third else ("vision_chunk",),
+        modalities=(modality,),
         weights=tuple(replace(w, linear=False) for w in _weights(vision, layers, text_hidden_size)),
-        media=MoonImages(patch_size=patch, merge_size=merge)
-        if third
-        else MoonMedia(
-            patch_size=patch, merge_size=merge, patch_limit=16_384, frame_patch_limit=4096
-        ),
+        media=media,
         hidden_size=hidden,
         intermediate_size=mlp.intermediate_size,
         num_heads=heads,
@@ -137,15 +164,23 @@ def _weights(vision: Config, layers: VisionLayers, text_hidden_size: int) -> Ite
     yield from layers.weights()
     yield from norm(f"{at}.encoder.final_layernorm", hidden, WHERE, bias=layers.norm_bias)
     kind, merged = vision.text("mm_projector_type"), hidden * _merge(vision) ** 2
-    if kind not in ("patchmerger", "patchmergerv2"):
+    if kind not in _PROJECTORS:
         raise UnsupportedModelError(f"mm_projector_type {kind!r} is not modelled")
+    at, names = _PROJECTORS[kind]
     second = kind == "patchmergerv2"
-    names = ("linear_1", "linear_2") if second else ("proj.0", "proj.2")
     if not second:
-        yield from norm("mm_projector.pre_norm", hidden, WHERE, bias=True)
+        yield from norm(f"{at}.pre_norm", hidden, WHERE, bias=True)
     for name, outputs in zip(names, (merged, text_hidden_size), strict=True):
         yield from replicated(
-            f"mm_projector.{name}", rows=outputs, columns=merged, where=WHERE, bias=not second
+            f"{at}.{name}", rows=outputs, columns=merged, where=WHERE, bias=not second
         )
     if second:
-        yield from norm("mm_projector.post_norm", text_hidden_size, WHERE)
+        yield from norm(f"{at}.post_norm", text_hidden_size, WHERE)
+
+
+_PROJECTORS = {
+    "patchmerger": ("mm_projector", ("proj.0", "proj.2")),
+    "patchmergerv2": ("mm_projector", ("linear_1", "linear_2")),
+    "first": ("multi_modal_projector", ("linear_1", "linear_2")),
+}
+"""Their modules; `first` is Kimi-VL's, which needs no name."""

@@ -1,4 +1,7 @@
-"""Pixtral's vision encoder with Mistral 3's merging projector (vLLM's `models/mistral3.py`)."""
+"""Pixtral's vision encoder, with Mistral 3's merging projector or LLaVA's.
+
+Sources: vLLM's `models/pixtral.py`, `models/mistral3.py` and `models/llava.py`.
+"""
 
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -87,6 +90,37 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
     """
     given = config.section("vision_config")
     vision = (given or Config(_MISTRAL, name=config.name)).with_defaults(_DEFAULTS)
+    merge = config.integer("spatial_merge_size", default=2)
+    projector = _projector(config, vision.integer("hidden_size"), text_hidden_size, merge)
+    built = feature_layers(config, "vision_feature_layer", _count(vision), -1)
+    return _tower(vision, built, merge, tuple(projector), text_hidden_size)
+
+
+def pixtral_tower(config: Config, text_hidden_size: int, projector: tuple[Weight, ...]) -> Tower:
+    """The encoder of a LLaVA with Pixtral: every patch becomes an embedding.
+
+    Raises:
+        ConfigError: as for Mistral 3.
+    """
+    section = config.section("vision_config") or Config({}, name=config.name)
+    vision = section.with_defaults(_DEFAULTS)
+    built = feature_layers(config, "vision_feature_layer", _count(vision), -2)
+    return _tower(vision, built, 1, projector, text_hidden_size)
+
+
+def pixtral_width(config: Config) -> int:
+    """Features of the encoder of a LLaVA with Pixtral."""
+    section = config.section("vision_config") or Config({}, name=config.name)
+    return section.integer("hidden_size", default=_DEFAULTS["hidden_size"])
+
+
+def _count(vision: Config) -> int:
+    return vision.integer("num_hidden_layers", maximum=1000)
+
+
+def _tower(
+    vision: Config, built: int, merge: int, projector: tuple[Weight, ...], text_hidden_size: int
+) -> Tower:
     hidden, heads = vision.integer("hidden_size"), vision.integer("num_attention_heads")
     if hidden % heads:
         raise ConfigError(
@@ -94,7 +128,7 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
             f"num_attention_heads = {heads}",
             hint="correct the config.json",
         )
-    count = vision.integer("num_hidden_layers", maximum=1000)
+    count = _count(vision)
     layers = VisionLayers(
         prefix="vision_tower.transformer.layers",
         num_layers=count,
@@ -114,9 +148,7 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
         norms=("attention_norm", "ffn_norm"),
         norm_bias=False,
     )
-    built = feature_layers(config, "vision_feature_layer", count, -1)
-    merge, patch = config.integer("spatial_merge_size", default=2), vision.integer("patch_size")
-    channels = vision.integer("num_channels")
+    patch, channels = vision.integer("patch_size"), vision.integer("num_channels")
     return Tower(
         modalities=("image",),
         weights=(
@@ -125,7 +157,7 @@ def mistral3_tower(config: Config, text_hidden_size: int) -> Tower:
             ),
             *norm("vision_tower.ln_pre", hidden, WHERE),
             *layers.weights(),
-            *_projector(config, hidden, text_hidden_size, merge),
+            *projector,
         ),
         media=PixtralImages(
             image_size=vision.integer("image_size"),

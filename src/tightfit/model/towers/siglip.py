@@ -8,6 +8,7 @@ from tightfit.model.blocks.attention import Projections
 from tightfit.model.blocks.linear import norm
 from tightfit.model.config import Config
 from tightfit.model.layout import Weight
+from tightfit.model.towers.clip import left_out
 from tightfit.model.towers.vision_config import VisionSizes, vision_sizes
 from tightfit.model.towers.vit import (
     WHERE,
@@ -34,16 +35,24 @@ class Siglip(VisionSizes):
         kernel = (self.channels, self.patch_size, self.patch_size)
         yield from convolution(f"{at}.patch_embedding", rows=size, kernel=kernel, bias=True)
         yield parameter(f"{at}.position_embedding.weight", self.patches, size)
-        yield from VisionLayers(
-            prefix=f"{prefix}.encoder.layers",
-            num_layers=self.num_layers,
-            hidden_size=size,
-            attention=vision_attention(self.num_heads, self.head_dim, names=PROJECTIONS),
-            mlp=vision_mlp(self.intermediate_size, self.activation),
-        ).weights()
+        yield from self.layers(prefix).weights()
         yield from norm(f"{prefix}.post_layernorm", size, WHERE, bias=True)
         if self.has_head:
             yield from pooling_head(f"{prefix}.head", size, self.intermediate_size)
+
+    def unbuilt(self, prefix: str, layers: int, *, last_norm: bool = True) -> frozenset[str]:
+        """Names of what vLLM leaves out when `layers` layers are enough; see `Clip`."""
+        return left_out(self.layers(prefix), prefix, layers, last_norm=last_norm)
+
+    def layers(self, prefix: str) -> VisionLayers:
+        """The layers of the encoder."""
+        return VisionLayers(
+            prefix=f"{prefix}.encoder.layers",
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            attention=vision_attention(self.num_heads, self.head_dim, names=PROJECTIONS),
+            mlp=vision_mlp(self.intermediate_size, self.activation),
+        )
 
 
 def siglip(config: Config) -> Siglip:

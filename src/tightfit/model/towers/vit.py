@@ -150,4 +150,5 @@ def uncut(weight: Weight) -> Weight:
 def apart(weight: Weight) -> Iterator[Weight]:
     """The parts of a weight as plain `nn.Linear`s, as transformers' own modules have them."""
     for part in uncut(weight).parts:
-        yield replace(uncut(weight), name=part.source, parts=(part,))
+        if part.rows:
+            yield replace(uncut(weight), name=part.source, parts=(part,))

@@ -10,6 +10,7 @@ from tightfit.planner.devices import Device
 from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import PlanOptions, Resolved
 from tightfit.planner.plan import Component
+from tightfit.planner.resolve import model_max_len
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,10 @@ class Engine(ABC):
     def parallel(self, options: PlanOptions) -> Parallel:
         """The layout that the options ask for."""
 
+    def longest(self, spec: ModelSpec) -> int:
+        """The longest context that the config allows."""
+        return model_max_len(spec)
+
     def adapt(self, spec: ModelSpec, options: PlanOptions) -> ModelSpec:
         """The model as the engine builds it: without what is switched off, quantized if asked.
 
@@ -73,6 +78,15 @@ class Engine(ABC):
     def resolve(self, spec: ModelSpec, options: PlanOptions) -> Resolved:
         """Every option that matters to memory, with its default filled in."""
 
+    def check(self, spec: ModelSpec, resolved: Resolved) -> None:
+        """Refuse what the engine would not start with, as its own first checks do.
+
+        Raises:
+            UsageError: options, or a device, that do not go with the model.
+            UnsupportedModelError: options that are not modelled.
+        """
+        del spec, resolved
+
     @abstractmethod
     def components(self, spec: ModelSpec, rank: Rank, resolved: Resolved) -> tuple[Component, ...]:
         """Everything that a rank holds beside weights and KV cache."""
@@ -84,6 +98,16 @@ class Engine(ABC):
     @abstractmethod
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """What a rank may use of its device."""
+
+    def free_bytes(self, device: Device, components: Sequence[Component]) -> int:
+        """What of a device is free when the engine first looks, and its budget has to be."""
+        del components
+        return device.total_bytes
+
+    def not_free(self, free_bytes: int, device: Device, resolved: Resolved) -> str:
+        """The error that the engine prints when that is less than its budget."""
+        share = resolved.gpu_memory_utilization.value
+        return f"{free_bytes} of {device.total_bytes} bytes are free, and {share} of all are wanted"
 
     def pool_blocks(self, available_blocks: int, layout: KVLayout, resolved: Resolved) -> int:
         """Blocks that the engine takes when so many are available."""

@@ -1,4 +1,4 @@
-"""What a step of the built-in runtime allocates, in formulas that are read off its forward pass.
+"""What a step of the built-in runtime allocates on a CPU, as its forward pass shows.
 
 The runtime is written so that these formulas are simple: temporaries that would grow with the
 product of two options are processed in pieces, whose sizes are the constants below. The runtime
@@ -10,44 +10,47 @@ b the bytes of an element.
 """
 
 import json
-from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from tightfit.model.blocks.attention import Attention, head_axes
-from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Rank
 from tightfit.model.parameters import plain_parameters
-from tightfit.model.spec import Layer, ModelSpec, ropes
+from tightfit.model.spec import ModelSpec, ropes
+from tightfit.planner.engines.builtin_layers import (
+    FP8_ELEMENTS,
+    decoded_latents_bytes,
+    layer_stages,
+    layers_of,
+    rope_bytes,
+    windows,
+)
 from tightfit.planner.engines.builtin_quantized import decoding_bytes, repacked_bytes
+from tightfit.planner.engines.builtin_states import states_formula
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, dtype_bytes, format_bytes, round_up
 
-GATHER_TOKENS = 8192
-"""Cached tokens that a group of decoding sequences gathers at once, unless one alone has more."""
-BIAS_ELEMENTS = 2**20
-"""Elements of a mask: longer prompts attend in chunks of queries."""
-SCORE_ELEMENTS = 2**21
-"""Elements of explicit attention scores, which only soft-capped attention stores."""
 NORM_ROWS = 256
 """Rows that a norm converts to float32 at once."""
-EXPERT_ROWS = 512
-"""Tokens that an expert takes at once."""
 SAMPLER_ELEMENTS = 2**22
-"""Logits that top-k and top-p sort at once, unless one row alone has more."""
+"""Logits that a CPU samples from at once, or sorts for top-k and top-p, if a row has not more."""
+GATHERED_ELEMENTS = 2**25
+"""Logits that GPUs give each other at once for top-k and top-p, unless one row alone has more."""
 
-_HEAP_BYTES = 6 * MiB
+HEAP_BYTES = 6 * MiB
 """Small blocks that malloc keeps, and kernels compiled for the shapes of a step, on a CPU: measured
 to be 3 to 9 MiB, whatever the model."""
 
 OTHER_VERSION = "measured_with_another_version"
 """`detail` of a calibrated component, where the installed torch was never measured."""
 
-_SORT_BYTES = 26
-"""Per logit: a copy and its sorted values (4 + 4), order (8), probabilities and their sums (4 + 4),
-and masks (2)."""
+ESTIMATED = "estimated"
+"""`detail` of a component that nobody could know exactly: it is shown, and not judged."""
+
+SORT_BYTES = 21
+"""Per logit: sorted values and their order (4 + 8), probabilities and their sums (4 + 4), a
+mask (1); the draw itself needs less."""
 
 
 def step_components(
@@ -59,10 +62,10 @@ def step_components(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     block_size: int,
-    device: str,
+    kv_cache_dtype: str | None = None,
     tokenizer_json_bytes: int = 0,
 ) -> tuple[Component, ...]:
-    """Everything that a rank of the built-in runtime holds beside weights and KV cache.
+    """Everything that a rank of the built-in runtime holds on a CPU beside weights and KV cache.
 
     Args:
         spec: the model.
@@ -72,25 +75,26 @@ def step_components(
         max_num_seqs: N.
         max_num_batched_tokens: T.
         block_size: tokens per block of the KV cache.
-        device: `cpu` or `cuda`; only on a CPU is the process itself counted.
+        kv_cache_dtype: of keys and values, if it is not `dtype`.
         tokenizer_json_bytes: size of `tokenizer.json`, which rank 0 loads.
     """
     b = dtype_bytes(dtype)
     tokens = min(max_num_batched_tokens, max_num_seqs * max_model_len)
     length = round_up(max_model_len, block_size)
-    activations, formula = _activations(spec, rank, b, tokens, max_num_seqs, length)
-    heap = _HEAP_BYTES if device == "cpu" else 0
+    # A piece in float32 and in 8 bits.
+    converted = 0 if kv_cache_dtype in (None, dtype) else 5 * FP8_ELEMENTS
+    activations, formula = _activations(spec, rank, b, tokens, max_num_seqs, length, converted)
     found = [
-        _persistent_buffers(spec, b, max_model_len),
+        _persistent_buffers(spec, rank, dtype, max_model_len, max_num_seqs),
         Component(
             name="activations",
-            planned_bytes=activations + heap,
+            planned_bytes=activations + HEAP_BYTES,
             origin="derived",
-            formula=formula + (f" + {heap} that malloc keeps" if heap else ""),
+            formula=f"{formula} + {HEAP_BYTES} that malloc keeps",
         ),
         _logits(spec, rank, b, max_num_seqs, tokens, activations),
     ]
-    if device == "cpu" and dtype == "BF16" and (zeros := repacked_bytes(spec, rank, b)):
+    if dtype == "BF16" and (zeros := repacked_bytes(spec, rank, b)):
         found.insert(
             0,
             Component(
@@ -101,50 +105,54 @@ def step_components(
                 f"that the checkpoint holds: {zeros}",
             ),
         )
-    if device == "cpu":
-        found.append(_process_baseline(rank, tokenizer_json_bytes))
-    return tuple(found)
+    return (*found, process_baseline(rank, tokenizer_json_bytes))
 
 
-def _features(attention: Attention, rank: Rank) -> tuple[int, int]:
-    """Q and KV of a rank."""
-    queries, keys = head_axes(attention)
-    return queries.span(rank)[1], keys.span(rank)[1]
-
-
-def _persistent_buffers(spec: ModelSpec, b: int, max_model_len: int) -> Component:
+def _persistent_buffers(
+    spec: ModelSpec, rank: Rank, dtype: str, max_model_len: int, max_num_seqs: int
+) -> Component:
+    b = dtype_bytes(dtype)
+    states, term = states_formula(spec, rank, dtype, max_num_seqs)
     dims = [rope.rotary_dim for rope in ropes(spec.layers)]
+    tables = rope_bytes(spec, b, max_model_len)
+    formula = (
+        f"rope tables: max_model_len x rotary_dim x element, {max_model_len} x {sum(dims)}: "
+        f"{tables}"
+    )
+    if latents := decoded_latents_bytes(spec, rank, b):
+        formula += f" + quantized matrices that are absorbed, decoded: {latents}"
     return Component(
         name="persistent_buffers",
-        planned_bytes=max_model_len * sum(dims) * b,
+        planned_bytes=tables + latents + states,
         origin="exact",
-        formula="rope tables: max_model_len x rotary_dim x element = "
-        + " + ".join(f"{max_model_len} x {dim} x {b}" for dim in dims),
+        formula=formula + term,
     )
 
 
 def _activations(
-    spec: ModelSpec, rank: Rank, b: int, tokens: int, seqs: int, length: int
+    spec: ModelSpec, rank: Rank, b: int, tokens: int, seqs: int, length: int, converted: int
 ) -> tuple[int, str]:
-    """Peak of the forward pass: what all layers share, and the largest layer."""
+    """Peak of the forward pass: what all layers share, and the largest layer.
+
+    `converted` is what keys and values take on their way into a cache of another dtype, or back.
+    """
     hidden = spec.hidden_size
-    windows = {layer.attention.window for layer in spec.layers}
     shared = {
         "residual stream T x H x b": tokens * hidden * b,
         "token ids, positions, slots": 3 * 8 * tokens,
-        "rope rows": tokens * sum(rope.rotary_dim for rope in ropes(spec.layers)) * b,
-        "decode masks N x L x b": seqs * b * sum(min(length, w or length) for w in windows),
+        "rope rows": rope_bytes(spec, b, tokens),
+        "decode masks N x L x b": seqs
+        * b
+        * sum(min(length, window or length) for window in windows(layers_of(spec, rank))),
+        "a piece of the fp8 cache": converted,
     }
-    stages = (
-        stage
-        for index, layer in _distinct(spec.layers)
-        for stage in (
-            _attention_stages(spec, layer.attention, rank, b, tokens, seqs, length),
-            _mlp_stages(spec, index, layer, rank, b, tokens),
-        )
-    )
     name, largest = max(
-        ((name, size) for stage in stages for name, size in stage.items()), key=lambda x: x[1]
+        (
+            stage
+            for stages in layer_stages(spec, rank, b, tokens, seqs, length)
+            for stage in stages.items()
+        ),
+        key=lambda stage: stage[1],
     )
     if decoded := decoding_bytes(spec, rank, b, tokens):
         shared["a quantized matrix while it is used"] = decoded
@@ -157,93 +165,60 @@ def _activations(
     )
 
 
-def _attention_stages(
-    spec: ModelSpec, attention: Attention, rank: Rank, b: int, tokens: int, seqs: int, length: int
-) -> Mapping[str, int]:
-    """Peaks within attention; input and qkv live throughout."""
-    hidden = spec.hidden_size
-    q, kv = _features(attention, rank)
-    always = tokens * (hidden + q + 2 * kv) * b
-    gathered = 2 * kv * b * max(length, min(seqs * length, GATHER_TOKENS))
-    masks = min(tokens * length, BIAS_ELEMENTS) * (b + 2)
-    if attention.softcap is not None:
-        heads = q // attention.head_dim
-        masks += max(min(tokens * length * heads, SCORE_ELEMENTS), length * heads) * 8
-    return {
-        "rope (H + Q + 2KV + (Q + KV)/2) x T x b": always + tokens * (q + kv) * b // 2,
-        "gathered keys and values": always + tokens * q * b + gathered + masks,
-        "prompt attention (H + 3Q + 4KV) x T x b": always + tokens * 2 * (q + kv) * b,
-        "output projection (2H + 2Q + 2KV) x T x b": always + tokens * (q + hidden) * b,
-    }
-
-
-def _mlp_stages(
-    spec: ModelSpec, index: int, layer: Layer, rank: Rank, b: int, tokens: int
-) -> Mapping[str, int]:
-    """Peaks within the MLP; its input lives throughout."""
-    hidden = spec.hidden_size
-    if isinstance(layer.mlp, MoE):
-        moe = layer.mlp
-        inner = _rows(spec, rank, f"model.layers.{index}.{moe.module}.experts.w13_weight") // 2
-        rows = min(tokens, EXPERT_ROWS)
-        routing = tokens * (moe.num_experts * (b + 8) + moe.top_k * 12)
-        expert = rows * (2 * hidden + 3 * inner) * b
-        return {
-            "experts (2H + routing) x T x b, and rows of one expert": 2 * tokens * hidden * b
-            + routing
-            + expert
-        }
-    inner = _rows(spec, rank, f"model.layers.{index}.mlp.gate_up_proj.weight") // 2
-    return {
-        f"MLP (H + 3I) x T x b with I = {inner}": tokens * (hidden + 3 * inner) * b,
-        f"down projection (2H + I) x T x b with I = {inner}": tokens * (2 * hidden + inner) * b,
-    }
-
-
 def _logits(
     spec: ModelSpec, rank: Rank, b: int, seqs: int, tokens: int, activations: int
 ) -> Component:
     """Logits take the place of a layer's temporaries, so only what exceeds them counts."""
-    table = next(w for w in plain_parameters(spec) if w.name == "model.embed_tokens.weight")
-    shares = [table.rank_shape(other)[0] for other in rank.parallel.ranks()]
-    mine, vocab = shares[rank.tp_rank], spec.vocab_size
-    label = f"hidden states and logits N x (2H + {mine}) x b"
-    gathering = seqs * (2 * spec.hidden_size + mine) * b
-    stages = {label: gathering}
-    if rank.tp_rank == 0:
-        logits = seqs * vocab * 4
-        if len(shares) > 1:
-            gathering += seqs * len(shares) * max(shares) * b
-            label += f", those of {len(shares)} ranks"
-        rows = min(seqs, max(1, SAMPLER_ELEMENTS // vocab))
-        stages = {
-            f"{label}, and float32 logits N x {vocab} x 4": gathering + logits,
-            f"float32 logits N x {vocab} x 4, and {rows} sorted rows x {vocab} x {_SORT_BYTES}": (
-                seqs * spec.hidden_size * b + logits + rows * vocab * _SORT_BYTES
-            ),
-        }
+    if not rank.is_last_stage:
+        return no_logits()
+    mine, vocab, hidden = output_columns(spec, rank), spec.vocab_size, spec.hidden_size
+    rows = min(seqs, max(1, SAMPLER_ELEMENTS // vocab))
+    stages = {
+        f"hidden states and logits N x (2H + {mine}) x b": seqs * (2 * hidden + mine) * b,
+        f"hidden states and logits N x (H + {mine}) x b, and {rows} sorted rows x {vocab} x "
+        f"{SORT_BYTES}": seqs * (hidden + mine) * b + rows * vocab * SORT_BYTES,
+    }
     name, largest = max(stages.items(), key=lambda item: item[1])
-    residual = tokens * spec.hidden_size * b
-    needed = residual + largest
+    return logits_component(tokens * hidden * b, name, largest, activations)
+
+
+def output_columns(spec: ModelSpec, rank: Rank) -> int:
+    """Columns of the logits that a rank of the last stage computes."""
+    table = next(w for w in plain_parameters(spec) if w.name == f"{spec.names.embedding}.weight")
+    return table.rank_shape(rank)[0]
+
+
+def logits_component(residual: int, label: str, size: int, activations: int) -> Component:
+    """What logits and sampler need beside the residual stream, less what is freed before them."""
+    needed = residual + size
     return Component(
         name="logits_and_sampler",
         planned_bytes=max(0, needed - activations),
         origin="derived",
-        formula=f"N = {seqs}, H = {spec.hidden_size}, b = {b}; residual stream {residual} + "
-        f"{name}: {largest} = {needed}, less the activations, which are freed before: "
-        f"{activations}",
+        formula=f"residual stream {residual} + {label}: {size} = {needed}, less the activations, "
+        f"which are freed before: {activations}",
         detail={"alone_bytes": needed},
     )
 
 
-def _process_baseline(rank: Rank, tokenizer_json_bytes: int) -> Component:
+def no_logits() -> Component:
+    """A stage of the pipeline that is not the last one."""
+    return Component(
+        name="logits_and_sampler",
+        planned_bytes=0,
+        origin="exact",
+        formula="the last stage has the logits: 0",
+    )
+
+
+def process_baseline(rank: Rank, tokenizer_json_bytes: int) -> Component:
     """Python, torch's libraries and, with several ranks, gloo: measured, not computed."""
     data = _calibration()
     entry = _nearest(data["process_baseline"], _torch_version())
-    several = rank.parallel.tensor_parallel_size > 1
+    several = rank.parallel.world_size > 1
     process = int(entry["rank_bytes" if several else "alone_bytes"])
     tokenizer = 0
-    if rank.tp_rank == 0 and tokenizer_json_bytes:
+    if rank.rank == 0 and tokenizer_json_bytes:
         per_byte = data["tokenizer"]["bytes_per_json_byte"]
         tokenizer = int(data["tokenizer"]["base_bytes"] + per_byte * tokenizer_json_bytes)
     installed = _torch_version()
@@ -289,17 +264,3 @@ def _nearest(entries: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
 def _release(text: str) -> tuple[int, int]:
     numbers = [int(part) if part.isdigit() else 0 for part in [*text.split("."), "", ""][:2]]
     return numbers[0], numbers[1]
-
-
-def _rows(spec: ModelSpec, rank: Rank, name: str) -> int:
-    """Rows of a parameter on a rank."""
-    weight = next(w for w in plain_parameters(spec) if w.name == name)
-    return weight.rank_shape(rank)[-2]
-
-
-def _distinct(layers: Iterable[Layer]) -> list[tuple[int, Layer]]:
-    """The first of each kind of layer, with its index."""
-    found: dict[Layer, int] = {}
-    for index, layer in enumerate(layers):
-        found.setdefault(layer, index)
-    return [(index, layer) for layer, index in found.items()]

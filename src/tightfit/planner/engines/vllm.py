@@ -5,6 +5,7 @@ Sources, all relative to the vLLM 0.32 package: `config/cache.py` (utilization),
 messages).
 """
 
+from collections.abc import Sequence
 from math import ceil
 
 from tightfit.errors import UnsupportedModelError, UsageError
@@ -13,6 +14,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.base import Deployed, Engine
 from tightfit.planner.engines.vllm_captures import captured_sizes, cudagraph_mode
+from tightfit.planner.engines.vllm_checks import check_device, check_options
 from tightfit.planner.engines.vllm_kv import layout, packed_latents, usual_block
 from tightfit.planner.engines.vllm_memory import components
 from tightfit.planner.engines.vllm_setting import Setting
@@ -27,7 +29,13 @@ from tightfit.planner.kv_cache import KVLayout
 from tightfit.planner.options import Option, PlanOptions, Resolved, flag, pick
 from tightfit.planner.plan import Component
 from tightfit.planner.quantized import wish_of
-from tightfit.planner.resolve import resolve_dtype, resolve_kv_dtype, resolve_max_model_len
+from tightfit.planner.resolve import (
+    model_max_len,
+    resolve_block_size,
+    resolve_dtype,
+    resolve_kv_dtype,
+    resolve_max_model_len,
+)
 from tightfit.planner.weights import offloadable
 from tightfit.units import GiB, dtype_bytes
 
@@ -74,6 +82,10 @@ class VLLM(Engine):
             expert_parallel=options.enable_expert_parallel,
         )
 
+    def longest(self, spec: ModelSpec) -> int:
+        """`config/model.py: _get_and_verify_max_len`."""
+        return model_max_len(spec, scales_yarn=self.rules.scales_yarn)
+
     def adapt(self, spec: ModelSpec, options: PlanOptions) -> ModelSpec:
         """Without the towers that the limits switch off, and quantized while it is loaded.
 
@@ -93,6 +105,10 @@ class VLLM(Engine):
             from tightfit.model.quantization.fit import fit_quantization
 
             spec = fit_quantization(spec, self.parallel(options))
+        if spec.quantization is not None and self.rules.cuts_fused_blocks:
+            from tightfit.model.quantization.fit import cut_fused
+
+            spec = cut_fused(spec)
         refusal = spec.quantization.refusal(self.rules.minor) if spec.quantization else None
         if refusal:
             raise UnsupportedModelError(refusal, hint="name your version with --engine-version")
@@ -110,8 +126,9 @@ class VLLM(Engine):
         Raises:
             UsageError: batch or capture sizes that contradict each other.
         """
-        dtype = resolve_dtype(spec, options)
-        length = resolve_max_model_len(spec, options)
+        dtype = resolve_dtype(spec, options, self.device)
+        usual = spec.original_length if self.rules.short_longrope else None
+        length = resolve_max_model_len(spec, options, self.longest(spec), usual)
         tokens, max_num_seqs = self._batch(spec, options, length.value)
         mode = cudagraph_mode(spec, options, self.rules)
         captures = captured_sizes(
@@ -127,14 +144,18 @@ class VLLM(Engine):
         kv_dtype = resolve_kv_dtype(spec, options, dtype.value)
         return Resolved(
             dtype=dtype,
-            kv_cache_dtype=packed_latents(spec, kv_dtype),
+            kv_cache_dtype=packed_latents(
+                spec, kv_dtype, options.kv_cache_dtype, self.device, self.rules
+            ),
             max_model_len=length,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=tokens,
             gpu_memory_utilization=pick(options.gpu_memory_utilization, self.rules.utilization),
             kv_cache_memory_bytes=pick(options.kv_cache_memory_bytes, None),
-            block_size=pick(
-                options.block_size, usual_block(spec, kv_dtype.value, self.device, self.rules)
+            block_size=resolve_block_size(
+                options,
+                usual_block(spec, kv_dtype.value, self.device, self.rules),
+                self.device,
             ),
             tensor_parallel_size=flag(options.tensor_parallel_size),
             pipeline_parallel_size=flag(options.pipeline_parallel_size),
@@ -152,6 +173,11 @@ class VLLM(Engine):
             async_scheduling=pick(options.async_scheduling, self.rules.async_scheduling),
             asked=options,
         )
+
+    def check(self, spec: ModelSpec, resolved: Resolved) -> None:
+        """See `vllm_checks`."""
+        check_device(spec, self.device, self.rules)
+        check_options(spec, resolved, self.rules)
 
     @property
     def _is_blackwell(self) -> bool:
@@ -246,6 +272,24 @@ class VLLM(Engine):
     def budget_bytes(self, device: Device, parallel: Parallel, resolved: Resolved) -> int:
         """`v1/worker/utils.py: request_memory`."""
         return ceil(device.total_bytes * resolved.gpu_memory_utilization.value)
+
+    def free_bytes(self, device: Device, components: Sequence[Component]) -> int:
+        """`v1/worker/utils.py: request_memory` refuses a budget that is more."""
+        before = (c for c in components if c.name in ("cuda_context", "nccl"))
+        return device.total_bytes - sum(c.planned_bytes for c in before if not c.inside_budget)
+
+    def not_free(self, free_bytes: int, device: Device, resolved: Resolved) -> str:
+        """`v1/worker/utils.py: request_memory`, word for word."""
+        share = resolved.gpu_memory_utilization.value
+        free, total, wanted = (
+            round(size / GiB, 2)
+            for size in (free_bytes, device.total_bytes, ceil(device.total_bytes * share))
+        )
+        return (
+            f"Free memory on device cuda:0 ({free}/{total} GiB) on startup is less than desired "
+            f"GPU memory utilization ({share}, {wanted} GiB). Decrease GPU memory utilization or "
+            "reduce GPU memory used by other processes."
+        )
 
     def pool_blocks(self, available_blocks: int, layout: KVLayout, resolved: Resolved) -> int:
         """The user may say how many blocks there are, whatever fits."""

@@ -8,6 +8,8 @@ Sources (vLLM 0.25.1 and 0.32.0): `layers/rotary_embedding/`, `v1/worker/gpu/sta
 from math import prod
 
 from tightfit.model.blocks.attention import Rope
+from tightfit.model.blocks.base import Mixer
+from tightfit.model.blocks.compressed_attention import CompressedAttention
 from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
 from tightfit.model.blocks.per_layer_input import PerLayerInput
@@ -36,6 +38,7 @@ def after_load(setting: Setting) -> Component:
     )
     absorbed, padded = _absorbed(setting), _padded_experts(setting)
     formula = "rope tables (positions x rotary_dim x b): " + " + ".join(map(str, tables))
+    formula = formula if tables else "no rope tables"
     formula += f"; tensors of 10 MiB and more in segments of 2 MiB: {lost}"
     if absorbed:
         formula += f"; copies of kv_b_proj that latent attention absorbs: {absorbed}"
@@ -126,8 +129,7 @@ def _v2_buffers(setting: Setting) -> dict[str, int]:
 def _model_buffers(setting: Setting) -> dict[str, int]:
     """What models themselves keep between steps, for all tokens of one."""
     m, parts = setting.max_num_batched_tokens, {}
-    mixers = (mixer for layer in setting.kinds for mixer in layer.mixers)
-    topk = [one.index_topk or 0 for one in mixers if isinstance(one, LatentAttention)]
+    topk = [_chosen(mixer) for mixer in setting.mixers]
     if any(topk):
         parts["tokens chosen by the indexer 4 x M x top_k"] = 4 * m * max(topk)
     extras = (block for layer in setting.kinds for block in layer.extras)
@@ -136,6 +138,13 @@ def _model_buffers(setting: Setting) -> dict[str, int]:
         width = setting.spec.num_layers * max(sizes)
         parts[f"embeddings of each layer M x {width} x b"] = m * width * setting.element_bytes
     return parts
+
+
+def _chosen(mixer: Mixer) -> int:
+    """Tokens that a query sees, where an indexer chooses them."""
+    if isinstance(mixer, CompressedAttention):
+        return 0 if mixer.index is None else mixer.index.topk
+    return (mixer.index_topk or 0) if isinstance(mixer, LatentAttention) else 0
 
 
 def _v1_buffers(setting: Setting) -> dict[str, int]:

@@ -28,6 +28,9 @@ def cudagraph_mode(spec: ModelSpec, options: PlanOptions, rules: Rules) -> Optio
         if name not in MODES:
             raise UsageError(f"unknown cudagraph_mode {asked!r}", hint="one of " + ", ".join(MODES))
         return Option(value=name, origin="flag")
+    if not rules.full_graphs and options.compilation_config.get("mode", 3) != 3:
+        # Only what was split into pieces is captured.
+        return Option(value="NONE", origin="flag")
     level = options.optimization_level
     if level is not None and level < 2 and rules.full_graphs:
         return Option(value="NONE" if level == 0 else "PIECEWISE", origin="flag")

@@ -62,8 +62,7 @@ def _piecewise_sizes(setting: Setting) -> tuple[int, ...]:
 def _accumulators(setting: Setting) -> int:
     """FlashAttention's partial results: splits x tokens x query features x float32."""
     largest = max(_full_sizes(setting), default=0)
-    mixers = {mixer for layer in setting.kinds for mixer in layer.mixers}
-    features = max((_attended(mixer, setting) for mixer in mixers), default=0)
+    features = max((_attended(mixer, setting) for mixer in setting.mixers), default=0)
     return SPLITS * largest * features * 4
 
 
@@ -168,8 +167,7 @@ def _estimate_v1(setting: Setting) -> int:
 
 def _tried_accumulators(setting: Setting) -> int:
     """On trial, attention with sinks takes the kernel that does not split."""
-    mixers = (mixer for layer in setting.kinds for mixer in layer.mixers)
-    if any(isinstance(mixer, Attention) and mixer.sinks for mixer in mixers):
+    if any(isinstance(mixer, Attention) and mixer.sinks for mixer in setting.mixers):
         return 0
     return _accumulators(setting) + 2 * MiB
 

@@ -15,7 +15,7 @@ from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
 from tightfit.model.layout import Cut, Rank, pipeline_layers
 from tightfit.model.parameters import VOCAB_PADDING, loaded_parameters
-from tightfit.model.spec import Layer, ModelSpec
+from tightfit.model.spec import Layer, ModelSpec, mixers_of
 from tightfit.planner.devices import Device
 from tightfit.planner.engines.vllm_versions import Rules
 from tightfit.planner.kv_cache import KVLayout
@@ -80,6 +80,11 @@ class Setting:
         """The layers of the stage, one of each kind."""
         stages = self.rank.parallel.pipeline_parallel_size
         return _stage_kinds(self.spec, stages, self.rank.pp_rank)
+
+    @property
+    def mixers(self) -> tuple[Mixer, ...]:
+        """Those of the stage, one of each kind."""
+        return mixers_of(self.kinds)
 
     @property
     def has_experts(self) -> bool:

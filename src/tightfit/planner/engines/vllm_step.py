@@ -9,10 +9,17 @@ query and KV heads, I its share of the inner size, V the padded vocabulary, b by
 from collections.abc import Iterator
 
 from tightfit.model.blocks.attention import Attention
+from tightfit.model.blocks.compressed_attention import CompressedAttention
 from tightfit.model.blocks.latent_attention import LatentAttention
 from tightfit.model.blocks.mlp import MoE
 from tightfit.model.spec import Layer
 from tightfit.planner.engines.vllm_setting import Setting, arithmetic, mixer_widths
+from tightfit.planner.engines.vllm_sparse import (
+    compressed_stage,
+    indexer_keys,
+    indexer_stage,
+    sparse_workspaces,
+)
 from tightfit.planner.plan import Component
 from tightfit.units import MiB, cdiv
 
@@ -76,8 +83,7 @@ def _cublas(setting: Setting) -> int:
     if arithmetic(setting.spec) not in ("plain", "fp8_block"):
         return 0
     kept = _cublas_workspace(setting)
-    mixers = {mixer for layer in setting.kinds for mixer in layer.mixers}
-    if any(isinstance(mixer, Attention) and mixer.qkv_bias for mixer in mixers):
+    if any(isinstance(mixer, Attention) and mixer.qkv_bias for mixer in setting.mixers):
         kept += CUBLASLT_WORKSPACE
     return kept
 
@@ -97,7 +103,7 @@ def _workspace_component(setting: Setting) -> Component:
 
 
 def moe_workspace(setting: Setting) -> int:
-    """Bytes of the buffers that experts work in, of the layer that needs most."""
+    """Bytes of the buffers that experts and sparse attention work in, in turn."""
     return max((size for size, _ in _workspaces(setting)), default=0)
 
 
@@ -107,6 +113,8 @@ def _workspaces(setting: Setting) -> Iterator[tuple[int, str]]:
     Data parallel replicas gather their tokens first, whether experts are dealt whole or not.
     Own kernels (gpt-oss's: `experts/gpt_oss_triton_kernels_moe.py`) need none.
     """
+    if setting.rules.keeps_workspace:
+        yield from sparse_workspaces(setting)
     tokens, b = setting.expert_tokens, setting.element_bytes
     for layer in setting.kinds:
         if isinstance(layer.mlp, MoE) and not layer.mlp.own_kernels:
@@ -167,6 +175,10 @@ def _layer_peak(setting: Setting, layer: Layer) -> Stages:
     for mixer in layer.mixers:
         if isinstance(mixer, LatentAttention):
             stages |= _latent_stage(setting, mixer)
+            if indexer_keys(mixer, setting.rank):
+                stages |= indexer_stage(setting, mixer)
+        elif isinstance(mixer, CompressedAttention):
+            stages |= compressed_stage(setting, layer, mixer)
         elif mixer.is_recurrent:
             made, given = mixer_widths(mixer, setting.rank)
             name = f"recurrence (3H + 2P + 2I) x M x b with P = {made}, I = {given}"
@@ -280,7 +292,7 @@ def _sampler_stages(setting: Setting) -> Stages:
 def _lingering(setting: Setting) -> int:
     """With latent attention and the V1 runner, pieces of the last step are alive while sampling."""
     found = 0
-    for mixer in {mixer for layer in setting.kinds for mixer in layer.mixers}:
+    for mixer in setting.mixers:
         if isinstance(mixer, LatentAttention) and mixer.absorbed:
             q = mixer.heads(mixer.qk_head_dim + mixer.v_head_dim).span(setting.rank)[1]
             features = 2 * q + 6 * setting.spec.hidden_size + mixer.latent_size

@@ -88,6 +88,14 @@ class Rules:
     """Less is loaded outside torch: logs print 0.07 GiB on an H100, and 0.22 later."""
     keeps_workspace: bool
     """The experts' workspace stays allocated; before, it lived only while a layer ran."""
+    gathers_less: bool
+    """Sparse attention gathers fewer contexts at once where they are long."""
+    copies_sparse_queries: bool
+    """It keeps padded copies of queries and outputs."""
+    plain_sparse_rows: bool
+    """On data center Blackwells sparse attention keeps fp8 latents without scales of their own."""
+    fp8_for_glm: bool
+    """And GLM's cache is fp8 there."""
     pads_mxfp4: bool
     """The kernels of gpt-oss's experts want widths that are multiples of 256."""
     native_sampler: bool
@@ -105,6 +113,8 @@ class Rules:
     """Sliding layers have groups of their own; else they keep all tokens."""
     padding_ratio: float
     """See `kv_cache.kv_layout`."""
+    packs_pages: bool
+    """See `kv_packed`."""
     smallest_blocks: bool
     """Without a size from the user, blocks are the smallest that the backend takes."""
     latent_multiple: int
@@ -115,6 +125,14 @@ class Rules:
     """The size that the log prints is concurrency times length."""
     hybrid_prefix_caching: bool
     """Prefix caching is on by default for models with recurrent layers."""
+    short_longrope: bool
+    """Without a length from the user, longrope models get the one that they began with (0.11.1)."""
+    scales_yarn: bool
+    """The longest context of yarn is the original one times its factor; else the config's."""
+    modelopt_fp8_on_ampere: bool
+    """ModelOpt's fp8 needs no Ada."""
+    cuts_fused_blocks: bool
+    """Shares of fused matrices may end within a block of fp8 scales (pull request 30836)."""
     fits_quantization: bool
     """Blocks of scales that the layout cuts are made smaller; before, it was refused."""
     cpu_pool: CpuPool
@@ -158,6 +176,10 @@ _0_8_5 = Rules(
     times_kernels=False,
     few_kernels=True,
     keeps_workspace=False,
+    gathers_less=False,
+    copies_sparse_queries=False,
+    plain_sparse_rows=False,
+    fp8_for_glm=False,
     pads_mxfp4=True,
     native_sampler=True,
     small_devices=(),
@@ -167,11 +189,16 @@ _0_8_5 = Rules(
     null_block=0,
     hybrid_groups=False,
     padding_ratio=1.0,
+    packs_pages=False,
     smallest_blocks=False,
     latent_multiple=1,
     copies_absorbed=False,
     tokens_from_concurrency=False,
     hybrid_prefix_caching=False,
+    short_longrope=False,
+    scales_yarn=True,
+    modelopt_fp8_on_ampere=False,
+    cuts_fused_blocks=False,
     fits_quantization=False,
     cpu_pool=CpuPool.FIXED,
     cpu_block_size=16,
@@ -190,12 +217,19 @@ _0_12_0 = replace(
     _0_10_2,
     version="0.12.0",
     charges_nccl=False,
+    short_longrope=True,
     full_graphs=True,
     captures=Captures.SIXTEENS,
     padding_ratio=1.25,
     cpu_block_size=128,
 )
-_0_15_1 = replace(_0_12_0, version="0.15.1", async_scheduling=True, cpu_pool=CpuPool.HALF)
+_0_15_1 = replace(
+    _0_12_0,
+    version="0.15.1",
+    async_scheduling=True,
+    cuts_fused_blocks=True,
+    cpu_pool=CpuPool.HALF,
+)
 _0_19_1 = replace(
     _0_15_1,
     version="0.19.1",
@@ -216,7 +250,7 @@ _0_20_2 = replace(
     cpu_pool=CpuPool.BUDGET,
 )
 _0_22_1 = replace(_0_20_2, version="0.22.1", v2_for="qwen3")
-_0_25_1 = replace(_0_22_1, version="0.25.1", v2_for="dense")
+_0_25_1 = replace(_0_22_1, version="0.25.1", v2_for="dense", plain_sparse_rows=True)
 _0_27_1 = replace(
     _0_25_1,
     version="0.27.1",
@@ -229,6 +263,12 @@ _0_27_1 = replace(
 _0_32_0 = replace(
     _0_27_1,
     version="0.32.0",
+    fp8_for_glm=True,
+    scales_yarn=False,
+    modelopt_fp8_on_ampere=True,
+    packs_pages=True,
+    gathers_less=True,
+    copies_sparse_queries=True,
     latent_multiple=128,
     copies_absorbed=True,
     v2_measures_graphs=True,
