@@ -61,6 +61,10 @@ def two_files() -> dict[str, bytes]:
         "pytorch_model.bin": bytes(10),
         "modeling_x.py": b"import os",
         "original/consolidated.safetensors": big("a"),
+        "original/params.json": b"{}",
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/model.safetensors": big("a"),
+        "additional_chat_templates/rag.jinja": b"{}",
     }
 
 
@@ -94,7 +98,10 @@ def test_download_takes_what_is_needed_and_the_cache_is_used_afterwards(hub, tmp
     (first,) = client(hub, tmp_path, ("org/model", {"download": True}))
     assert first["tensors"] == ["a", "b"]
     (snapshot,) = (tmp_path / "hub" / "models--org--model" / "snapshots").iterdir()
-    assert sorted(p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*")) == [
+    there = (path for path in snapshot.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(snapshot).as_posix() for path in there) == [
+        "1_Pooling/config.json",
+        "additional_chat_templates/rag.jinja",
         "config.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -43,6 +43,7 @@ def source(request, tmp_path):
 
 def test_a_source_reads_ranges(source):
     assert source.files() == ["a.txt", "b.json"]
+    assert source.others() == ["sub/"]
     assert source.exists("b.json")
     assert not source.exists("sub")
     assert not source.exists("none")
@@ -95,6 +96,7 @@ def test_a_hugging_face_cache_is_made_of_links(tmp_path):
     (tmp_path / "outside").write_text("secret")
     source = LocalSource(snapshot)
     assert source.files() == ["config.json", "escape", "model.safetensors"]
+    assert source.others() == ["gone"]
     assert source.read("config.json") == b"{}"
     assert source.read("model.safetensors") == b"shared"
     assert source.local_path("config.json") == (repo / "blobs" / "h1").resolve()

@@ -1,18 +1,18 @@
 """The walk through the layers: what it leaves, what it gives, and how it goes on."""
 
-import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
+from support.words import write_word_tokenizer
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from tightfit.cli.output import NoProgress
 from tightfit.errors import CheckpointError, OutputError, UsageError
@@ -38,10 +38,7 @@ def text_of(count: int, seed: int = 0) -> str:
 
 
 def with_tokenizer(model: Path) -> Path:
-    vocabulary = {f"w{i}": i for i in range(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(model / "tokenizer.json"))
+    write_word_tokenizer(model, WORDS)
     return model
 
 
@@ -235,15 +232,16 @@ def test_another_calibration_is_not_taken_over(
     calibrate(job_of(llama, "w4a16", "gptq"), options, work, NoProgress())
     with pytest.raises(OutputError, match="not empty"):
         calibrate(job_of(llama, "w4a16", "gptq"), options, work, NoProgress())
-    for job, other in (
-        (job_of(llama, "w4a16", "awq"), options),
-        (job_of(llama, "mxfp4", "gptq"), options),
+    for job, other, said in (
+        (job_of(llama, "w4a16", "awq"), options, "--method was gptq, and is awq"),
+        (job_of(llama, "mxfp4", "gptq"), options, "--scheme was w4a16, and is mxfp4"),
         (
             job_of(llama, "w4a16", "gptq"),
-            CalibrationOptions(texts=options.texts, samples=24, length=64, seed=3),
+            replace(options, seed=options.seed + 1),
+            "the text of --calibration, or --seed, is another",
         ),
     ):
-        with pytest.raises(OutputError, match="another calibration"):
+        with pytest.raises(OutputError, match=f"another calibration: {said}$"):
             calibrate(job, other, work, NoProgress(), resume=True)
     (work / "layer-notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="not of a calibration"):
@@ -356,69 +354,3 @@ def test_activations_that_overflow_are_an_error(
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"inputs of model\.layers\.1.*not finite"):
         calibrate(job_of(model, "w4a16", "gptq"), options, tmp_path / "work", NoProgress())
-
-
-def options_for(path: Path, **changes: Any) -> CalibrationOptions:
-    return CalibrationOptions(texts=(path,), **{"samples": 4, "length": 16, **changes})
-
-
-def test_samples_are_drawn_by_the_seed(llama: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(llama))
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"w{i % WORDS}" for i in range(3000)))
-    found = token_windows(checkpoint, options_for(path))
-    assert found.shape == (4, 16)
-    assert (found.diff(dim=1) % WORDS == 1).all()
-    assert torch.equal(found, token_windows(checkpoint, options_for(path)))
-    assert not torch.equal(found, token_windows(checkpoint, options_for(path, seed=1)))
-    warnings: list[str] = []
-    every = token_windows(checkpoint, options_for(path, samples=1000), warnings.append)
-    assert every.shape == (3000 // 16, 16)
-    assert "187 samples" in warnings[0]
-    assert torch.equal(every.flatten() % WORDS, torch.arange(187 * 16) % WORDS)
-
-
-def test_lines_of_json_are_documents(llama: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(llama))
-    path = tmp_path / "text.jsonl"
-    lines = [json.dumps({"text": " ".join(["w7"] * 40)}), "", json.dumps({"text": "w8 " * 40})]
-    path.write_text("\n".join(lines))
-    assert set(token_windows(checkpoint, options_for(path)).flatten().tolist()) == {7, 8}
-    for bad in ('{"text": 3}', "[1]", "{", "[" * 10_000):
-        path.write_text("\n".join([*lines, bad]))
-        with pytest.raises(UsageError, match="line 4 of"):
-            token_windows(checkpoint, options_for(path))
-
-
-def test_texts_that_cannot_be_used_are_refused(llama: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(llama))
-    path = tmp_path / "text.txt"
-    path.write_text("w1 w2 w3")
-    with pytest.raises(UsageError, match="has 3 tokens"):
-        token_windows(checkpoint, options_for(path))
-    with pytest.raises(UsageError, match="cannot read"):
-        token_windows(checkpoint, options_for(tmp_path / "none.txt"))
-    with pytest.raises(UsageError, match="none was given"):
-        CalibrationOptions(texts=())
-    with pytest.raises(UsageError, match="0 calibration samples"):
-        options_for(path, samples=0)
-
-
-@pytest.mark.parametrize("place", ["config", "tokenizer"])
-def test_texts_begin_as_the_model_expects(place: str, llama: Path, tmp_path: Path) -> None:
-    model = shutil.copytree(llama, tmp_path / "model")
-    settings = {"bos_token": "w5"} | ({"add_bos_token": True} if place == "config" else {})
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    if place == "tokenizer":
-        from tokenizers import processors
-
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="w5 $A", special_tokens=[("w5", 5)]
-        )
-        tokenizer.save(str(model / "tokenizer.json"))
-    path = tmp_path / "text.txt"
-    path.write_text("w1 " * 300)
-    found = token_windows(open_checkpoint(str(model)), options_for(path))
-    assert (found[:, 0] == 5).all()
-    assert (found[:, 1:] == 1).all()

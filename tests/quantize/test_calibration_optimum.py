@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from support.seeded_models import LLAMA, write_seeded_model
+from support.words import write_word_tokenizer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli.main import build
 from tightfit.cli.output import NoProgress
@@ -29,9 +29,7 @@ from tightfit.quantize.write import write, write_job
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_seeded_model(LLAMA, tmp_path_factory.mktemp("llama") / "model")
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(259)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(model / "tokenizer.json"))
+    write_word_tokenizer(model)
     return model
 
 

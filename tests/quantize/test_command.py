@@ -6,19 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from support.cli import assert_error, tightfit
+from support.cli import Call, assert_error, tightfit
 from support.seeded_models import LLAMA, QWEN3_MOE, write_seeded_model
 from support.work import digests
 from tightfit.cli import quantize_request as request
-from tightfit.cli.main import build
 from tightfit.errors import UsageError
 from tightfit.model.quantization.written import Choice, Wish
-from tightfit.quantize.recipe_file import document_of, read_recipe, wish_of
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +26,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_seeded_model(QWEN3_MOE, tmp_path_factory.mktemp("moe") / "model")
-
-
-Call = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command line in this process, which has torch already."""
-
-    def called(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-        words = [str(one) for one in arguments]
-        with pytest.raises(SystemExit) as end:
-            build(words)(words)
-        code = end.value.code
-        out, err = capsys.readouterr()
-        assert isinstance(code, int)
-        return subprocess.CompletedProcess(words, code, out, err)
-
-    return called
 
 
 def test_write_and_verify(llama: Path, tmp_path: Path, call: Call) -> None:
@@ -65,6 +43,10 @@ def test_write_and_verify(llama: Path, tmp_path: Path, call: Call) -> None:
     done = call("verify", out, "--against", llama)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("every byte as its source gives it\n")
+    other = write_seeded_model(LLAMA, tmp_path / "other", seed=6)
+    done = call("verify", out, "--against", other)
+    assert done.returncode == 1
+    assert done.stdout.endswith(f"problems in {out}\n{out} was quantized from model\n")
     with open(out / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x70")
@@ -113,15 +95,21 @@ def test_a_dry_run_says_what_is_refused(tmp_path: Path, call: Call) -> None:
     refused = [line for line in done.stdout.splitlines() if line.startswith("refused: ")]
     assert len(refused) == 3
     assert "(3 matrices, w4a16 g128)" in refused[1]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("for all of these: use w4a16 with --group-size 64")
+    all_of_them = last.partition("--ignore '")[2].removesuffix("'")
+    assert "o_proj" in all_of_them
+    assert "gate_proj" in all_of_them
     done = call("quantize", model, out, "--scheme", "w4a16", "--dry-run", "--json")
     assert done.returncode == 2
     document = json.loads(done.stdout)
     assert [one["matrices"] for one in document["refusals"]] == [9, 3, 6]
+    assert last == f"for all of these: {document['remedy']}"
     done = call("quantize", model, out, "--scheme", "w4a16")
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.layers.*.self_attn.q_proj, ")
     assert "192 input features, which 128 do not divide" in done.stderr
-    assert "w4a16 with groups of 64" in done.stderr
+    assert "w4a16 with --group-size 64" in done.stderr
     assert not out.exists()
 
 
@@ -131,12 +119,14 @@ def test_sizes_for_ranks(tmp_path: Path, call: Call) -> None:
     done = call("quantize", model, out, "--scheme", "w4a16", "--for-tp", "2")
     assert done.returncode == 2
     assert done.stderr.startswith("error: model.layers.*.mlp.down_proj: tensor parallel size 2 ")
-    assert "w4a16 with groups of 64" in done.stderr
+    assert "w4a16 with --group-size 64" in done.stderr
     done = call("quantize", model, out, "--scheme", "w4a16")
     assert done.returncode == 0
     assert done.stderr.startswith(
         "warning: the model can be cut for tensor parallel size 2 and 4, and not when quantized"
     )
+    quiet = call("quantize", model, tmp_path / "quiet", "--scheme", "w4a16", "-q")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
     done = call(
         *("quantize", model, tmp_path / "two", "--scheme", "w4a16", "--group-size", "64"),
         *("--for-tp", "2", "--ignore", "nothing_like_this"),
@@ -144,6 +134,47 @@ def test_sizes_for_ranks(tmp_path: Path, call: Call) -> None:
     assert done.returncode == 0
     assert done.stdout.endswith("two --tensor-parallel-size 2\n")
     assert done.stderr == "warning: --ignore 'nothing_like_this' matches nothing\n"
+
+
+def test_sizes_are_listed_as_people_do(tmp_path: Path, call: Call) -> None:
+    config = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": 8, "hidden_size": 512}
+    model = write_seeded_model(config, tmp_path / "model")
+    done = call("quantize", model, tmp_path / "out", "--scheme", "w4a16", "--dry-run")
+    assert done.returncode == 0
+    assert " size 2, 4 and 8, and not when quantized like this" in done.stderr
+
+
+def test_patterns_that_match_nothing(llama: Path, tmp_path: Path, call: Call) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "scheme: int8\nrules:\n  - {match: nothing, keep: true}\n  - {match: nothing, keep: true}\n"
+        "  - {match: embed_tokens, keep: true}\n"
+    )
+    ignore = ("--ignore", "neither", "--ignore", "down_proj")
+    warnings = [
+        "warning: the rule that keeps 'nothing' matches nothing",
+        "warning: --ignore 'neither' matches nothing",
+    ]
+    done = call("quantize", llama, tmp_path / "out", "--recipe", recipe, *ignore, "--dry-run")
+    assert done.returncode == 0
+    assert sorted(done.stderr.splitlines()) == sorted(warnings)
+    done = call("shard", llama, tmp_path / "out", "--recipe", recipe, *ignore, "--dry-run")
+    assert done.returncode == 0
+    assert sorted(done.stderr.splitlines()) == sorted(warnings)
+    # Nothing is left for a rule, which is no mistake if --ignore takes it all.
+    recipe.write_text("scheme: int8\nrules: [{match: down_proj, scheme: fp8-channel}]")
+    done = call("quantize", llama, tmp_path / "out", "--recipe", recipe, *ignore[2:], "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_parts_of_a_whole_are_not_ignored(llama: Path, tmp_path: Path, call: Call) -> None:
+    options = ("quantize", llama, tmp_path / "out", "--scheme", "int8", "--dry-run", "--ignore")
+    done = call(*options, "q_proj")
+    assert done.returncode == 2
+    assert "model.layers.*.self_attn.q_proj as it is, model.layers" in done.stderr
+    hint = r"--ignore 'self_attn\.(q_proj|k_proj|v_proj)$'"
+    assert hint in done.stderr
+    assert call(*options, hint.split("'")[1]).returncode == 0
 
 
 def test_interrupted(llama: Path, tmp_path: Path) -> None:
@@ -161,8 +192,6 @@ def test_interrupted(llama: Path, tmp_path: Path) -> None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("it was done before")
     assert (process.returncode, stderr) == (130, "interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -186,6 +215,24 @@ def test_a_ray_cluster_writes_the_same(
     ("options", "message"),
     [
         (["--scheme", "int3"], "--scheme: there is no scheme 'int3'"),
+        (
+            ["--scheme", "w4a16", "--group-size", "0"],
+            "--group-size: groups of 0 inputs, for which ",
+        ),
+        (
+            ["--scheme", "int8", "--group-size", "64"],
+            "--group-size: a group size of 64 with the scheme int8",
+        ),
+        (["--scheme", "int8", "--format", "ggml"], "--format: there is no format 'ggml'"),
+        (
+            ["--scheme", "int8", "--format", "gptq"],
+            "--format: the format 'gptq' does not have the scheme int8",
+        ),
+        (["--scheme", "int8", "--ignore", "("], "--ignore: '(' is not a regular expression: "),
+        (
+            ["--scheme", "int8", "--ignore", "(a+)+"],
+            "--ignore: the pattern '(a+)+' could take forever to match: its repeats are nested, ",
+        ),
         ([], "neither --scheme nor --recipe says what to make of the model"),
         (["--scheme", "int8", "--method", "best"], "there is no method 'best'"),
         (["--scheme", "w4a16", "--method", "gptq"], "--method gptq needs text to calibrate with"),
@@ -242,7 +289,47 @@ def test_a_ray_cluster_writes_the_same(
 def test_wrong_usage(
     options: list[str], message: str, llama: Path, tmp_path: Path, call: Call
 ) -> None:
-    assert_error(call("quantize", llama, tmp_path / "out", *options), 2, message)
+    done = call("quantize", llama, tmp_path / "out", *options)
+    assert_error(done, 2, done.stderr.splitlines()[0].removeprefix("error: "))
+    assert done.stderr.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("shard", ["out", "--quantize", "nope"], "--quantize: there is no scheme 'nope'"),
+        (
+            "shard",
+            ["out", "--quantize", "w4a16", "--group-size", "5"],
+            "--group-size: groups of 5 inputs, for which engines have no kernels",
+        ),
+        (
+            "plan",
+            ["--quantization", "int8", "--quantization-ignore", "("],
+            "--quantization-ignore: '(' is not a regular expression: ",
+        ),
+        (
+            "plan",
+            ["--quantization-group-size", "5", "--quantization-recipe"],
+            "--quantization-group-size 5, and recipe.json says 64",
+        ),
+    ],
+)
+def test_options_are_called_as_the_command_calls_them(
+    command: str,
+    options: list[str],
+    message: str,
+    llama: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.json").write_text('{"scheme": "w4a16", "group_size": 64}')
+    recipe = ["recipe.json"] if options[-1].endswith("recipe") else []
+    done = call(command, llama, *options, *recipe)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
 
 
 def test_what_needs_text() -> None:
@@ -250,70 +337,23 @@ def test_what_needs_text() -> None:
     options = {"samples": 1, "length": 8, "seed": 0, "useful": False}
     with pytest.raises(UsageError, match="the scheme nvfp4, whose activations have scales of"):
         request.calibration_from(wish, "rtn", (), **options)
-    with pytest.raises(UsageError, match=r"there is no calibration text no\.txt"):
-        request.calibration_from(wish, "rtn", (Path("no.txt"),), **options)
+    assert request.calibration_from(wish, "rtn", (), **options, dry_run=True) is None
+    for name in ("no.txt", "x" * 300):
+        with pytest.raises(UsageError, match=f"there is no calibration text {name}"):
+            request.calibration_from(wish, "rtn", (Path(name),), **options)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[1, 2]", "is no mapping"),
-        ("a: [", "is neither YAML nor JSON"),
-        ("schem: int8", "unknown key 'schem'"),
-        ("scheme: int9", "there is no scheme 'int9'"),
-        ("scheme: [int8]", "two names and a whole number are needed"),
-        ("scheme: int8\ngroup_size: 64", "a group size of 64 with the scheme int8"),
-        ("scheme: w4a16\ngroup_size: true", "two names and a whole number are needed"),
-        ("scheme: int8\nrules: {}", None),
-        ("scheme: int8\nrules: {a: b}", "rules are no list"),
-        ("scheme: int8\nrules: [{scheme: int8}]", "rule 1 has no pattern to match"),
-        (
-            "scheme: int8\nrules: [{match: a, keep: true, scheme: int8}]",
-            "rule 1 ('a') says neither",
-        ),
-        ("rules: [{match: a, group_size: 32}]", "rule 1 ('a') says neither"),
-        ("scheme: int8\nkv_cache: fp4", "there is no KV cache in 'fp4'"),
-        ("scheme: int8\nformat: gptq", "the format 'gptq' does not have the scheme int8"),
-    ],
-)
-def test_recipes_that_are_wrong(text: str, message: str | None, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text)
-    if message is None:
-        wish_of(read_recipe(path))
-        return
-    with pytest.raises(UsageError) as e:
-        wish_of(read_recipe(path), str(path))
-    assert message in e.value.message
-    assert str(path) in e.value.message
+def test_a_report_that_could_not_be_written(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    request.check_report(out / "page.html", str(out), dry_run=False)
+    with pytest.raises(UsageError, match=f"there is no directory {out}"):
+        request.check_report(out / "page.html", str(out), dry_run=True)
+    with pytest.raises(UsageError, match=r"\.html cannot be written: File name too long"):
+        request.check_report(tmp_path / f"{'x' * 300}.html", str(out), dry_run=False)
 
 
-def test_recipes_are_written_back() -> None:
-    document = {
-        "scheme": "w4a16",
-        "group_size": 64,
-        "rules": [
-            {"match": "a", "scheme": "w4a16-asym"},
-            {"match": "b", "group_size": 32},
-            {"match": "c", "scheme": "w4a16"},
-            {"match": "d", "scheme": "fp8-channel"},
-            {"match": "e", "keep": True},
-        ],
-    }
-    wish = wish_of(document, ignore=["f"])
-    assert wish.rules[0] == ("f", None)
-    groups = [choice.group for _, choice in wish.rules[1:5] if choice is not None]
-    assert groups == [128, 32, 64, None]
-    again = wish_of(document_of(wish))
-    assert [c and c.label for _, c in again.rules] == [c and c.label for _, c in wish.rules]
-    assert again.default == wish.default
-    assert document_of(again) == document_of(wish)
-
-
-def test_flags_and_a_recipe_that_differ(tmp_path: Path) -> None:
-    path = tmp_path / "recipe.json"
-    path.write_text('{"scheme": "w4a16", "group_size": 64}')
-    flags = {"group_size": None, "file_format": None, "kv_cache": None, "ignore": ()}
-    assert request.wish_from(path, scheme="w4a16", **flags).label == "w4a16 g64"
-    with pytest.raises(UsageError, match=r"--scheme int8, and .* says 'w4a16'"):
-        request.wish_from(path, scheme="int8", **flags)
+@pytest.mark.parametrize("command", ["quantize", "shard"])
+def test_the_current_directory_is_not_meant(command: str, llama: Path, call: Call) -> None:
+    scheme = ("--scheme" if command == "quantize" else "--quantize", "int8")
+    done = call(command, llama, "", *scheme, "--dry-run")
+    assert_error(done, 2, "the output is an empty string")

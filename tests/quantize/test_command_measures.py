@@ -1,13 +1,14 @@
 """What `quantize` does with texts: calibrate, evaluate, rank, spend a budget."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from support.seeded_models import LLAMA, write_seeded_model
+from support.words import write_word_tokenizer
 from support.work import digests
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.cli import quantize_steps as steps
@@ -19,9 +20,7 @@ TEXT = " ".join(f"w{(7 * i * i + 3 * i) % 251}" for i in range(800))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_seeded_model(LLAMA, tmp_path_factory.mktemp("llama") / "model")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(259)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(path / "tokenizer.json"))
+    write_word_tokenizer(path)
     return path
 
 
@@ -77,10 +76,58 @@ def test_calibrated(
     assert "holds all of it already, as its checksums prove" in capsys.readouterr().out
     assert call("quantize", model, out, *options) == 2
     assert call("quantize", model, out, *options, "--seed", "1", "--resume") == 2
-    assert "its calibration is" in capsys.readouterr().err
+    assert "the work of another call: --seed was 0, and is 1" in capsys.readouterr().err
     assert call("verify", out) == 0
     assert call("verify", out, "--against", model) == 2
     assert "was calibrated (gptq), and cannot be made again" in capsys.readouterr().err
+    copy = shutil.copytree(model, tmp_path / "copy")
+    os.utime(copy / "model.safetensors", (1, 1))
+    assert call("quantize", copy, out, *options, "--resume") == 2
+    assert "were written anew, and what was calibrated cannot be" in capsys.readouterr().err
+
+
+def test_outputs_are_refused_before_the_work(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def no(*_: object, **__: object) -> None:
+        raise AssertionError("this takes hours")
+
+    monkeypatch.setattr(steps, "calibrate", no)
+    monkeypatch.setattr("tightfit.quantize.budget.fit_budget", no)
+    file, directories, foreign = (tmp_path / name for name in ("file", "directories", "foreign"))
+    file.write_text("")
+    (directories / "logs").mkdir(parents=True)
+    shutil.copytree(model, foreign)
+    calibrated = ("--scheme", "w4a16", "--group-size", "64", "--method", "gptq")
+    calibrated += ("--calibration", str(text))
+    for options in (calibrated, ("--budget", "1GiB")):
+        for out, said in (
+            (file, "is an existing file"),
+            (directories, "is not empty"),
+            (foreign, "is not empty"),
+            (file / "below", "cannot write"),
+            (tmp_path / ("x" * 256), "cannot write"),
+        ):
+            for more in ((), ("--resume",)):
+                assert call("quantize", model, out, *options, *more) == 2
+                assert said in capsys.readouterr().err
+    # What was begun with other options is known before as well.
+    begun = tmp_path / "begun"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tightfit.quantize.write.write_parts", stop)
+        assert call("quantize", model, begun, "--scheme", "int8", "--resume") == 130
+    (begun / "tightfit-quantize.journal").write_text('{"job": {"recipe": {"scheme": "int8"}}}')
+    assert call("quantize", model, begun, *calibrated, "--resume") == 2
+    assert "--scheme was int8, and is w4a16" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.calibration"))
 
 
 def test_measured(
@@ -154,3 +201,31 @@ def test_budget(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     shutil.rmtree(tmp_path / "out")
     assert call("quantize", model, tmp_path / "out", "--budget", "100KiB") == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_needs_no_text(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    recipe.write_text("scheme: nvfp4\nkv_cache: fp8\n")
+    options = ("quantize", model, out, "--recipe", recipe, "--json")
+    assert call(*options) == 2
+    assert "needs text to calibrate with" in capsys.readouterr().err
+    assert call(*options, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert call(*options, "--dry-run", "--report", tmp_path / "page.html") == 2
+    assert "nothing is calibrated in a dry run" in capsys.readouterr().err
+    small = ("--calibration-samples", "2", "--calibration-length", "16")
+    assert call(*options, "--calibration", text, *small) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert planned == {**written, "written": False}
+
+
+def test_a_dry_run_writes_its_report_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    options = ("--scheme", "int8", "--dry-run", "--report", page)
+    assert call("quantize", model, tmp_path / "out", *options) == 0
+    assert capsys.readouterr().out.endswith(f"wrote the errors of every matrix to {page}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -20,11 +20,11 @@ from support.work import digests, merged, stored
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.files import MANIFEST
 from tightfit.cli.output import NoProgress
-from tightfit.cli.shard_quantized import Asked, again, quantized
+from tightfit.cli.shard_quantized import OnTheWay, again, quantized
 from tightfit.errors import CheckpointError, LayoutError, UnsupportedModelError
 from tightfit.model.quantization.written import Wish
 from tightfit.model.stored import DEFAULT_LAYOUT, stored_layout
-from tightfit.quantize import computed_source
+from tightfit.quantize import made_cache
 from tightfit.quantize.encoding import EncodedSource
 from tightfit.quantize.job import prepare
 from tightfit.quantize.matrices import Matrix
@@ -111,7 +111,7 @@ def test_some_ranks(llama: Path, expected: Path, tmp_path: Path) -> None:
         assert set(counted.values()) == {1}
         source = job.checkpoint.source
         assert isinstance(source, EncodedSource)
-        kept = [key for key in source._cache if key not in source._waiting]
+        kept = [key for key in source._cache.held if key not in source._cache.waiting]
         assert len(kept) <= (os.cpu_count() or 1) * 2
     assert_same(tmp_path / "out", expected)
 
@@ -119,17 +119,17 @@ def test_some_ranks(llama: Path, expected: Path, tmp_path: Path) -> None:
 def test_memory_is_bounded_where_ranks_read_a_part(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(computed_source, "_KEPT_BYTES", 2**14)
+    monkeypatch.setattr(made_cache, "_KEPT_BYTES", 2**14)
     job = shard_job(llama, WISHES["fp8-channel"], tensor_parallel_size=2, ranks=[0])
     source = job.checkpoint.source
     assert isinstance(source, EncodedSource)
-    most, turn_to = [0], source._turn_to
+    most, turn_to = [0], source._cache.turn_to
 
     def watched(key: Any) -> None:
         turn_to(key)
-        most[0] = max(most[0], sum(map(len, source._cache.values())))
+        most[0] = max(most[0], sum(map(len, source._cache.held.values())))
 
-    source._turn_to = watched  # type: ignore[method-assign]
+    source._cache.turn_to = watched  # type: ignore[method-assign]
     shard(job, tmp_path / "out", NoProgress())
     largest = max(info.nbytes for info in job.checkpoint.tensors().values())
     assert most[0] < 2**14 + 4 * largest
@@ -153,9 +153,12 @@ def test_going_on(llama: Path, expected: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         shard(job, out, NoProgress(), resume=True)
     assert not (out / MANIFEST).exists()
-    for other, method in ((WISHES["int8"], "rtn"), (wish, "mse")):
+    for other, method, said in (
+        (WISHES["int8"], "rtn", "--quantize was w4a16, and is int8"),
+        (wish, "mse", "--method was rtn, and is mse"),
+    ):
         changed = shard_job(llama, other, method, tensor_parallel_size=2, max_shard_bytes=10**5)
-        with pytest.raises(Exception, match="its quantized is"):
+        with pytest.raises(Exception, match=said):
             shard(changed, out, NoProgress(), resume=True)
     job = shard_job(llama, wish, tensor_parallel_size=2, max_shard_bytes=10**5)
     counted = counting(job)
@@ -198,7 +201,7 @@ def test_from_and_to_stores(llama: Path, expected: Path) -> None:
 
 def test_what_ranks_could_not_load(llama: Path) -> None:
     """Two KV heads of 64 are one block of 128 rows, and not two halves."""
-    with pytest.raises(LayoutError, match="qkv_proj = 128 into whole blocks of 128"):
+    with pytest.raises(LayoutError, match=r"the 128 outputs of self_attn\.qkv_proj"):
         shard_job(llama, WISHES["fp8-block"], tensor_parallel_size=2)
 
 
@@ -245,6 +248,7 @@ def test_what_is_sharded_or_quantized_already(expected: Path, tmp_path: Path) ->
             ["--quantize", "int8", "--method", "gptq"],
             "--method gptq needs calibration, and `shard` has no data",
         ),
+        (["--quantize", "int8", "--method", "foo"], "there is no method 'foo'"),
     ],
 )
 def test_wrong_flags(flags: list[str], message: str, llama: Path, tmp_path: Path) -> None:
@@ -263,7 +267,7 @@ def test_sharding_alone_imports_no_torch(llama: Path, tmp_path: Path) -> None:
 
 
 def shard_job(model: Path | str, wish: Wish, method: str = "rtn", **options: Any) -> ShardJob:
-    made = quantized(open_checkpoint(str(model)), Asked(wish=wish, method=method))
+    made = quantized(open_checkpoint(str(model)), OnTheWay(wish=wish, method=method))
     return prepare_shards(
         made.checkpoint,
         stored_layout(DEFAULT_LAYOUT),

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from tightfit.errors import (
     CheckpointError,
     LayoutError,
     OutputError,
-    UnsupportedModelError,
+    TightfitError,
     UsageError,
+    VerificationError,
 )
 from tightfit.model.quantization.written import Choice, Wish
-from tightfit.quantize import computed_source, encoding
+from tightfit.quantize import encoding, made_cache
 from tightfit.quantize.admission import RefusedError, lost_sizes
 from tightfit.quantize.job import QuantizeJob, prepare
 from tightfit.quantize.manifest import NAME
@@ -133,14 +135,14 @@ def test_a_store_gets_the_same(llama: Path, tmp_path: Path) -> None:
     assert not write(job, url, NoProgress(), resume=True)
     with pytest.raises(OutputError, match="is not empty"):
         write(job, url, NoProgress())
-    with pytest.raises(OutputError, match="holds another quantized checkpoint: its recipe"):
+    with pytest.raises(OutputError, match="holds the work of another call: --scheme was fp8"):
         write(files_of("memory://quantize-source", wish("int8")), url, NoProgress(), resume=True)
     report = verify(open_source(url), NoProgress(), "memory://quantize-source")
     assert report.ok
     assert report.compared_with_source
     name = next(name for name in found if name.endswith(".safetensors"))
     fs.pipe_file(f"/quantize-out/{name}", found[name][:-1] + b"\x7f")
-    with pytest.raises(OutputError, match="is finished, and damaged"):
+    with pytest.raises(VerificationError, match="is finished, and damaged"):
         write(job, url, NoProgress(), resume=True)
     fs.rm("/quantize-source", recursive=True)
     fs.rm("/quantize-out", recursive=True)
@@ -194,8 +196,14 @@ def test_odd_shapes_are_refused_by_name(tmp_path: Path) -> None:
     assert first.modules == tuple(f"model.layers.*.self_attn.{part}_proj" for part in "qkv")
     assert first.matrices == 9
     assert "192 input features, which 128 do not divide" in first.reason
-    assert first.remedy.startswith("this would do: w4a16 with groups of 64, or w4a16 with groups")
+    assert first.remedy.startswith("use w4a16 with --group-size 64, or w4a16 with --group-size")
     assert [one.modules[0].rpartition(".")[2] for one in others] == ["o_proj", "gate_proj"]
+    # One hint for all of them.
+    assert e.value.hint == e.value.remedy
+    assert e.value.remedy.startswith("use w4a16 with --group-size 64, or w4a16 with --group-size")
+    job_of(model, wish("w4a16", None, (ignored_by(e.value), None)))
+    with pytest.raises(RefusedError):
+        job_of(model, wish("w4a16", None, (ignored_by(TightfitError("", hint=first.remedy)), None)))
     job_of(model, wish("w4a16", 64))
     with pytest.raises(RefusedError, match="blocks of 128 rows do not divide it"):
         job_of(model, wish("fp8-block"))
@@ -210,7 +218,7 @@ def test_ranks_that_could_not_load_it(tmp_path: Path) -> None:
     (only,) = e.value.refusals
     assert only.modules == ("model.layers.*.mlp.down_proj",)
     assert "into whole blocks of 128" in only.reason
-    assert "w4a16 with groups of 64" in only.remedy
+    assert "w4a16 with --group-size 64" in only.remedy
     job_of(model, wish("w4a16", 64), tensor_parallel_size=2)
     lost = lost_sizes(job.spec, job.wish, job.decisions)
     assert set(lost) == {2, 4}
@@ -227,15 +235,35 @@ def test_experts_of_ranks(tmp_path: Path) -> None:
         job_of(model, wish("w4a16", 64, rules), tensor_parallel_size=2)
     (only,) = e.value.refusals
     assert only.modules == ("model.layers.*.mlp.experts.*.down_proj",)
-    assert "groups of 32" in only.remedy
+    assert "--group-size 32" in only.remedy
     assert "--enable-expert-parallel" in only.remedy
     assert r"--ignore '\.experts\.'" in only.remedy
 
 
 @pytest.mark.parametrize("pattern", ["k_proj", r"experts\.0\.up_proj", r"experts\..*down_proj"])
 def test_what_engines_hold_as_one(pattern: str, moe: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"engines hold .* as one, and its parts"):
+    with pytest.raises(UsageError, match=r"engines hold as one what would be quantized diff") as e:
         job_of(moe, wish("fp8-channel", None, (pattern, None)))
+    whole = "q_proj" if pattern == "k_proj" else r"mlp.experts.*.gate_proj"
+    assert f"{whole} fp8-channel" in e.value.message
+    job_of(moe, wish("fp8-channel", None, (ignored_by(e.value), None)))
+
+
+def test_what_is_torn_apart_in_some_layers(llama: Path) -> None:
+    with pytest.raises(UsageError, match="nothing of LlamaForCausalLM would be quantized"):
+        job_of(llama, wish("int8", None, ("", None)))
+    rule = (r"layers\.1\..*q_proj|gate", None)
+    with pytest.raises(UsageError, match=r"gate_proj as it is, .*; .*q_proj as it is") as e:
+        job_of(llama, wish("int8", None, rule))
+    job = job_of(llama, wish("int8", None, (ignored_by(e.value), None)))
+    assert len(job.matrices) == 21 - 6 - 3
+
+
+def ignored_by(error: TightfitError) -> str:
+    """The pattern that a hint names."""
+    match = re.search(r"--ignore '(.*?)'", error.hint or "")
+    assert match is not None, error.hint
+    return match[1]
 
 
 def test_the_head_only_if_asked(llama: Path, tmp_path: Path) -> None:
@@ -245,8 +273,6 @@ def test_the_head_only_if_asked(llama: Path, tmp_path: Path) -> None:
     assert plain.virtual.config["quantization_config"]["ignore"] == ["lm_head"]
     assert asked.virtual.config["quantization_config"]["ignore"] == []
     tied = write_seeded_model({**LLAMA, "tie_word_embeddings": True}, tmp_path / "tied")
-    from tightfit.errors import UsageError
-
     with pytest.raises(UsageError, match="'lm_head' matches nothing"):
         job_of(tied, wish("fp8-channel", None, ("lm_head", choice)))
     assert "lm_head" in job_of(tied).virtual.config["quantization_config"]["ignore"]
@@ -303,14 +329,14 @@ def test_units_are_made_once(llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
 
     monkeypatch.setattr(encoding.EncodedSource, "make", make)
     monkeypatch.setattr("tightfit.sharding.stream.carry._COPY_BYTES", 2**12)
-    monkeypatch.setattr(computed_source, "_KEPT_BYTES", 2**15)
+    monkeypatch.setattr(made_cache, "_KEPT_BYTES", 2**15)
     job = files_of(llama)
     write(job, tmp_path / "out", NoProgress())
     assert sorted(made) == sorted({*made})
     source = job.checkpoint.source
     assert isinstance(source, encoding.EncodedSource)
-    assert not source._cache
-    assert not source._waiting_bytes
+    assert not source._cache.held
+    assert not source._cache.waiting_bytes
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from support.interrupted import begin, digests, write
-from tightfit.checkpoint import writer
+from tightfit.checkpoint import disk
 from tightfit.errors import OutputError
 
 TinyModel = Callable[[str], Path]
@@ -55,14 +55,14 @@ def test_too_little_space_is_known_before(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, out = tiny_model("llama"), tmp_path / "out"
-    monkeypatch.setattr(writer, "_free_bytes", lambda path: 10**5)
+    monkeypatch.setattr(disk, "_free_bytes", lambda path: 10**5)
     with pytest.raises(OutputError, match="and its file system has"):
         write(model, out)
     assert not out.exists()
     monkeypatch.undo()
     begin(model, out, 0.99)
     # What is there already needs no more room.
-    monkeypatch.setattr(writer, "_free_bytes", lambda path: 10**5)
+    monkeypatch.setattr(disk, "_free_bytes", lambda path: 10**5)
     write(model, out, resume=True)
 
 
@@ -95,7 +95,7 @@ def test_a_disk_that_is_too_small(
     out, other = small_disk / "out", small_disk / "other"
     other.write_bytes(bytes(800_000))
     if not known:
-        monkeypatch.setattr(writer, "_free_bytes", lambda path: None)
+        monkeypatch.setattr(disk, "_free_bytes", lambda path: None)
     with pytest.raises(OutputError) as e:
         write(tiny_model("llama"), out, resume=resume)
     if known:

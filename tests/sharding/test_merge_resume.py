@@ -12,9 +12,12 @@ import pytest
 from support.interrupted import Copied, digests, in_child
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
+from tightfit.checkpoint.source import open_source
 from tightfit.cli.output import NoProgress
-from tightfit.errors import ConfigError, OutputError
+from tightfit.errors import ConfigError, OutputError, VerificationError
 from tightfit.sharding.merge import merge, prepare_merge
+from tightfit.sharding.proof.verify import require_manifest
+from tightfit.sharding.remote.plain import write_to
 
 TinyModel = Callable[[str], Path]
 JOURNAL = "tightfit-merge.journal"
@@ -143,7 +146,7 @@ def test_another_merge_is_refused(shards: Path, tiny_model: TinyModel, tmp_path:
     before = digests(out)
     with pytest.raises(OutputError) as e:
         join(shards, out, resume=True, max_shard_bytes=10**9)
-    assert "max_shard_bytes is 200000, and not 1000000000" in e.value.message or (
+    assert "--max-shard-size was 200,000, and is 1,000,000,000" in e.value.message or (
         e.value.message == f"the output directory {out} is not empty"
     )
     with pytest.raises(OutputError) as e:
@@ -194,3 +197,35 @@ def test_a_full_disk(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     join(shards, out, resume=True)
     join(shards, tmp_path / "whole")
     assert digests(out) == digests(tmp_path / "whole")
+
+
+class Sent(NoProgress):
+    """Ctrl-C when most is sent."""
+
+    left = 2.0**60
+
+    def phase(self, name: str, total_bytes: int) -> None:
+        self.left = 0.9 * total_bytes if name == "uploading" else 2.0**60
+
+    def advance(self, nbytes: int) -> None:
+        self.left -= nbytes
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def test_an_unfinished_merge_is_called_one(shards: Path, tmp_path: Path) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    out, url = tmp_path / "out", "memory://unfinished_merge"
+    begin(shards, out)
+    job = prepare_merge(open_checkpoint(str(shards)), max_shard_bytes=10**5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_to(job, url, Sent())
+        for place in (str(out), url):
+            with pytest.raises(VerificationError) as e:
+                require_manifest(open_source(place))
+            assert e.value.message == f"{place} is an unfinished output of `tightfit merge`"
+            assert "--resume" in (e.value.hint or "")
+    finally:
+        MemoryFileSystem().rm("/unfinished_merge", recursive=True)

@@ -329,5 +329,5 @@ def test_heads_and_groups(tmp_path: Path) -> None:
     )
     with pytest.raises(LayoutError) as e:
         write_shards(model, tmp_path / "out", 2)
-    assert "intermediate_size of mlp.down_proj" in e.value.message
+    assert "the 384 inputs of mlp.down_proj" in e.value.message
     assert e.value.hint == "tensor parallel sizes that work: 1"

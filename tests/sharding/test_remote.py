@@ -65,7 +65,7 @@ def expected(model: Path, out: Path, size: int = 2) -> Digests:
 def write(model: Path | str, url: str, size: int = 2, **options: Any) -> Manifest:
     resume = options.pop("resume", False)
     bars = options.pop("bars", NoProgress())
-    return shard_to(job_of(model, size, **options), url, bars, resume=resume)
+    return shard_to(job_of(model, size, **options), url, bars, resume=resume).manifest
 
 
 @pytest.mark.parametrize("model", ["llama", "jamba"])
@@ -134,7 +134,7 @@ def test_interrupted(
     assert s3.uploads(bucket) == []
     with pytest.raises(OutputError, match="holds an unfinished output"):
         write(source, url, 4)
-    with pytest.raises(OutputError, match="its tensor_parallel_size is 4, and not 2"):
+    with pytest.raises(OutputError, match="--tensor-parallel-size was 4, and is 2"):
         write(source, url, 2, resume=True)
     bars = Stop(2.0)
     write(source, url, 4, resume=True, bars=bars)

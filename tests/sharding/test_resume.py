@@ -3,7 +3,9 @@
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -138,9 +140,9 @@ def test_another_job_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(OutputError) as e:
         write(tiny_model("llama"), out, size=4, resume=True)
     assert e.value.message == (
-        f"{out} holds ranks of another job: its tensor_parallel_size is 2, and not 4"
+        f"{out} holds the work of another call: --tensor-parallel-size was 2, and is 4"
     )
-    with pytest.raises(OutputError, match="its source_fingerprint is"):
+    with pytest.raises(OutputError, match="the model is another one"):
         write(tiny_model("llama_bias"), out, resume=True)
     with pytest.raises(OutputError) as e:
         write(tiny_model("llama"), out)
@@ -290,3 +292,26 @@ def test_spelling_of_ranks() -> None:
     for text in ("", "a", "3-1", "1,,2", "-1", "1-", "9999999"):
         with pytest.raises(UsageError):
             parse_ranks(text)
+
+
+def test_an_interrupt_at_any_call_leaves_all_or_nothing(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("llama")
+    whole = tmp_path / "whole"
+    write(source, whole)
+
+    def work(out: Path) -> Callable[[], None]:
+        def interrupted() -> None:
+            with suppress(KeyboardInterrupt):
+                write(source, out)
+
+        return interrupted
+
+    calls = in_child(work(tmp_path / "counted"))
+    for place in range(1, calls + 1):
+        out = tmp_path / "new" / str(place)
+        in_child(work(out), place, number=signal.SIGINT)
+        if out.parent.exists():
+            assert digests(out) == digests(whole), place
+            shutil.rmtree(out.parent)

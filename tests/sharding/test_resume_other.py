@@ -83,7 +83,7 @@ def test_another_config_cuts_anew(tmp_path: Path) -> None:
         shard(job_of(model), out, Stop(), resume=True)
     before = digests(out)
     (model / "config.json").write_text(json.dumps({**BLOOM, "n_head": 8}))
-    with pytest.raises(OutputError, match="ranks of another job: its cut_fingerprint is"):
+    with pytest.raises(OutputError, match="another call: config"):
         shard(job_of(model), out, NoProgress(), resume=True)
     assert digests(out) == before
 
@@ -95,7 +95,7 @@ def test_another_config_on_a_store(tmp_path: Path) -> None:
     try:
         shard_to(job_of(model, {0}), url, NoProgress())
         (model / "config.json").write_text(json.dumps({**BLOOM, "n_head": 8}))
-        with pytest.raises(OutputError, match="ranks of another job: its cut_fingerprint is"):
+        with pytest.raises(OutputError, match="another call: config"):
             shard_to(job_of(model), url, NoProgress(), resume=True)
     finally:
         MemoryFileSystem().rm("/another_config", recursive=True)
@@ -107,7 +107,7 @@ def test_ranks_of_two_models(tmp_path: Path) -> None:
     shard(job_of(one, {0}), out, NoProgress())
     before = digests(out)
     for ranks in ({1}, None):
-        with pytest.raises(OutputError, match="holds ranks of different models"):
+        with pytest.raises(OutputError, match="another call: the model has other weights"):
             shard(job_of(other, ranks), out, NoProgress(), resume=ranks is None)
         if ranks is not None:
             assert digests(out) == before
@@ -121,7 +121,7 @@ def test_ranks_of_two_models_on_a_store(tmp_path: Path) -> None:
     url = "memory://two_models"
     try:
         shard_to(job_of(one, {0}), url, NoProgress())
-        with pytest.raises(OutputError, match="holds ranks of different models"):
+        with pytest.raises(OutputError, match="another call: the model has other weights"):
             shard_to(job_of(other, {1}), url, NoProgress())
         assert not MemoryFileSystem().exists("/two_models/tightfit-manifest.json")
     finally:
@@ -136,7 +136,7 @@ def test_nothing_vouches_for_a_rank_that_is_rewritten(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         shard(job_of(model, {0}), out, Stop(), resume=True)
     assert not (out / "tightfit-rank-0.json").exists()
-    assert shard(job_of(model, {1}), out, NoProgress()).missing_ranks == (0,)
+    assert shard(job_of(model, {1}), out, NoProgress()).manifest.missing_ranks == (0,)
     shard(job_of(model, {0}), out, NoProgress(), resume=True)
     assert digests(out) == digests(tmp_path / "whole")
 
@@ -145,7 +145,7 @@ def test_a_rank_that_lost_its_file_has_not_come(tmp_path: Path) -> None:
     model, out = make(tmp_path / "model", LLAMA), tmp_path / "out"
     shard(job_of(model, {0}), out, NoProgress())
     os.truncate(out / "model-rank-0-part-0.safetensors", 5000)
-    assert shard(job_of(model, {1}), out, NoProgress()).missing_ranks == (0,)
+    assert shard(job_of(model, {1}), out, NoProgress()).manifest.missing_ranks == (0,)
 
 
 def test_another_job_comes_meanwhile(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_another_job_comes_meanwhile(tmp_path: Path) -> None:
             shutil.copytree(tmp_path / "elsewhere", out, dirs_exist_ok=True)
 
     shard(job_of(model, {1}, 10**6), tmp_path / "elsewhere", NoProgress())
-    with pytest.raises(OutputError, match="its max_shard_bytes is 1000000"):
+    with pytest.raises(OutputError, match="--max-shard-size was 1,000,000, and is 1,000,000,000"):
         shard(job_of(model, {0}), out, Meanwhile())
     assert not (out / "tightfit-manifest.json").exists()
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint
@@ -36,8 +37,14 @@ class Description:
     warnings: tuple[str, ...] = ()
 
 
-def describe(checkpoint: Checkpoint) -> Description:
+def describe(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Description:
     """Describe the model of a checkpoint, and check its tensors if it has any.
+
+    Args:
+        checkpoint: wherever it is.
+        overrides: values for keys of its config, as vLLM's `--hf-overrides`.
 
     Raises:
         ConfigError: config.json is wrong.
@@ -45,7 +52,8 @@ def describe(checkpoint: Checkpoint) -> Description:
         CheckpointError: a tensor is missing, or is not what config.json says.
     """
     try:
-        spec = model_spec(with_modelopt(checkpoint.config, checkpoint.source))
+        config = with_modelopt(checkpoint.config, checkpoint.source)
+        spec = model_spec(overridden(config, overrides))
     except UnknownArchitectureError as error:
         from tightfit.checkpoint.unknown import unknown_spec
 
@@ -66,6 +74,26 @@ def describe(checkpoint: Checkpoint) -> Description:
     if alias is not None:
         warnings += (f"tensors such as {alias!r} have other names than in published checkpoints",)
     return Description(spec=spec, from_headers=True, warnings=warnings)
+
+
+def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with other values: nested configs are merged, all else is replaced.
+
+    (`config/model.py: _apply_dict_overrides`; `rope_scaling` is `rope_parameters` by its old name.)
+    """
+    result = dict(config)
+    for key, value in overrides.items():
+        before = result.get(key)
+        merges = key.endswith("_config") and key != "quantization_config"
+        if merges and isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = overridden(before, value)
+        if key in _ROPE:
+            result = {k: v for k, v in result.items() if k not in _ROPE}
+        result[key] = value
+    return result
+
+
+_ROPE = ("rope_scaling", "rope_parameters")
 
 
 def with_modelopt(config: Mapping[str, Any], source: Source) -> Mapping[str, Any]:
@@ -109,7 +137,8 @@ def require_weights(checkpoint: Checkpoint, command: str) -> None:
         )
     raise CheckpointError(
         f"{checkpoint.name} has no weights",
-        hint="give the directory that holds config.json and the .safetensors files",
+        hint="give the directory that holds config.json and the .safetensors files"
+        + (", or --load-format dummy for random weights" if command == "run" else ""),
     )
 
 

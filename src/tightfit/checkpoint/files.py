@@ -23,7 +23,8 @@ MAX_INDEX_BYTES = 256 * MiB
 
 _RANK_FILE = re.compile(r"model-(rank-.*-part-|pp-).*\.safetensors")
 _NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf")
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Suffixes of weights that are not safetensors."""
 _NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
 
 
@@ -79,7 +80,7 @@ def find_weights(source: Source) -> Weights:
         return Weights(files=found, missing=_gaps(found))
     return Weights(
         unusable=tuple(
-            n for n in names if n.endswith(_OTHER_FORMATS) and not _NOT_WEIGHTS.fullmatch(n)
+            n for n in names if n.endswith(OTHER_FORMATS) and not _NOT_WEIGHTS.fullmatch(n)
         )
     )
 

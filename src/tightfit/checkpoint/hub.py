@@ -5,12 +5,13 @@ a few kilobytes of each weight file. What is in the local cache is used without 
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tightfit.checkpoint.files import find_weights
+from tightfit.checkpoint.files import OTHER_FORMATS, find_weights
 from tightfit.checkpoint.remote_source import by_ranges
 from tightfit.checkpoint.source import LocalSource, safe_name
 from tightfit.errors import CheckpointError, ConfigError, TightfitError
@@ -18,7 +19,9 @@ from tightfit.errors import CheckpointError, ConfigError, TightfitError
 _TIMEOUT_SECONDS = 15.0
 _ATTEMPTS = 3
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-_NEVER = (".bin", ".pt", ".pth", ".py", ".gguf", ".safetensors")
+_BESIDE = re.compile(r"(additional_chat_templates/[^/]+\.jinja|\d+_\w+/config\.json)")
+"""Chat templates by name, and the modules of sentence-transformers."""
+_NEVER = (".py", ".safetensors", *OTHER_FORMATS)
 
 
 class HubUnreachableError(ConfigError):
@@ -78,6 +81,14 @@ class HubSource:
     def files(self) -> list[str]:
         """Names of the files at the top level, sorted."""
         return sorted(name for name in self._sizes if "/" not in name)
+
+    def others(self) -> list[str]:
+        """What else is there, sorted: directories (`name/`)."""
+        return sorted({f"{name.partition('/')[0]}/" for name in self._sizes if "/" in name})
+
+    def beside(self) -> list[str]:
+        """Small files in subdirectories that belong to a model: templates, what pools."""
+        return sorted(filter(_BESIDE.fullmatch, self._sizes))
 
     def local_path(self, path: str) -> None:
         """None: the bytes are elsewhere."""
@@ -166,7 +177,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
         if name.endswith(_TEXT_SUFFIXES)
         or (name.startswith("tokenizer") and not name.endswith(_NEVER))
     ]
-    wanted += find_weights(source).files
+    wanted += [*source.beside(), *find_weights(source).files]
     with _errors(repo_id, revision):
         import glob
 

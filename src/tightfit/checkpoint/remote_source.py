@@ -91,6 +91,19 @@ class FsspecSource:
 
         Of a web server that lists nothing, those that models usually have beside their weights.
         """
+        found = self._names("file")
+        if found is None:
+            return self._usual_files()
+        # Of stores that mark directories by an empty object.
+        return sorted(name for name in found if name)
+
+    def others(self) -> list[str]:
+        """What else is there, sorted: directories (`name/`), if the server lists them."""
+        found = self._names("directory") or []
+        return sorted(f"{name}/" for name in found if name)
+
+    def _names(self, kind: str) -> list[str] | None:
+        """Names of one type of fsspec's at the top level; None of a web server that lists none."""
         # Without the slash web servers send somewhere else.
         place = f"{self._root}/" if self._is_http else self._root
 
@@ -108,10 +121,11 @@ class FsspecSource:
                 if not self._is_http or diagnose(error).kind != "denied":
                     raise
         if self._is_http and not entries:
-            return self._usual_files()
-        names = (entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
-        # Of stores that mark directories by an empty object.
-        return sorted(name for name in names if name)
+            return None
+        paths = [entry["name"] for entry in entries if entry["type"] == kind]
+        if kind == "directory":
+            paths = [path.rstrip("/") for path in paths]
+        return [path.rsplit("/", 1)[-1] for path in paths]
 
     def _usual_files(self) -> list[str]:
         from concurrent.futures import ThreadPoolExecutor

@@ -39,6 +39,10 @@ class Source(Protocol):
         """Names of the files at the top level, sorted."""
         ...
 
+    def others(self) -> list[str]:
+        """What else is there, sorted: directories (`name/`), and links that lead nowhere."""
+        ...
+
     def local_path(self, path: str) -> Path | None:
         """The file as a local one, for in-kernel copies and mmap; None where it is remote."""
         ...
@@ -105,7 +109,7 @@ class LocalSource:
     def __init__(self, directory: str | os.PathLike[str], label: str | None = None) -> None:
         self.directory = Path(directory)
         self.label = label or str(directory)
-        if not self.directory.is_dir():
+        if not os.path.isdir(self.directory):
             raise ConfigError(
                 f"there is no directory {self.label}", hint="check the path for typing mistakes"
             )
@@ -140,6 +144,16 @@ class LocalSource:
         """Names of the files at the top level, sorted."""
         with self._errors("."):
             return sorted(entry.name for entry in os.scandir(self.directory) if entry.is_file())
+
+    def others(self) -> list[str]:
+        """What else is there, sorted: directories (`name/`), and links that lead nowhere."""
+        with self._errors("."):
+            entries = [entry for entry in os.scandir(self.directory) if not entry.is_file()]
+            return sorted(
+                f"{entry.name}/" if entry.is_dir() else entry.name
+                for entry in entries
+                if entry.is_dir() or entry.is_symlink()
+            )
 
     def local_path(self, path: str) -> Path:
         """The real file behind the name."""

@@ -8,13 +8,12 @@ from tightfit.codecs.base import Stored as Stored
 from tightfit.codecs.floats import Fp8Block, Fp8Channel, Fp8Tensor, MxFp8
 from tightfit.codecs.fp4 import MxFp4, NvFp4
 from tightfit.codecs.integers import Awq, Gptq, Int8, Packed
-from tightfit.model.quantization.written import GROUP_SIZE, Choice
+from tightfit.model.quantization.written import Choice
 
 
 def codec(choice: Choice, dtype: torch.dtype) -> Codec:
     """The codec of a scheme for weights of a dtype, which is also that of most scales."""
-    group = choice.group_size if choice.group_size is not None else GROUP_SIZE
-    group = max(group, 0)
+    group = choice.group or 0
     symmetric = not choice.scheme.endswith("-asym")
     match choice.format, choice.scheme:
         case "gptq", "w4a16" | "w8a16":

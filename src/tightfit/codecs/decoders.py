@@ -6,6 +6,7 @@ ModelOpt's names, and integers with any number of scales.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -122,9 +123,7 @@ def _fits(codec: Codec, shape: tuple[int, int], tensors: Mapping[str, TensorInfo
     """Whether there are as many scales as the codec will read."""
     rows, columns = shape
     kind = next(kind for kind in ("scales", "weight_scale", "weight_scale_inv") if kind in tensors)
-    count = 1
-    for extent in tensors[kind].shape:
-        count *= extent
+    count = prod(tensors[kind].shape)
     match codec:
         case AnyInt8():
             return count == 1 or (count % rows == 0 and columns % (count // rows) == 0)

@@ -1,10 +1,14 @@
 """Small codes in bytes and 32-bit words, the first one in the lowest bits."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's places of eight consecutive outputs in a word."""
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where each of them is."""
 
 
 def to_bytes(values: Tensor) -> Tensor:
@@ -40,14 +44,23 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 def awq_order(codes: Tensor) -> Tensor:
     """Eight by eight along the last dimension, in AutoAWQ's order; `awq_reorder` undoes it."""
-    order = torch.tensor(_AWQ_ORDER)
-    return codes.unflatten(-1, (-1, 8)).index_select(-1, order).flatten(-2)
+    return _reordered(codes, _AWQ_ORDER)
 
 
 def awq_reorder(codes: Tensor) -> Tensor:
     """Outputs in their own order again."""
-    order = torch.tensor([_AWQ_ORDER.index(i) for i in range(8)])
-    return codes.unflatten(-1, (-1, 8)).index_select(-1, order).flatten(-2)
+    return _reordered(codes, _AWQ_PLACES)
+
+
+def _reordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:
+    places = _indices(order, codes.device)
+    return codes.unflatten(-1, (-1, 8)).index_select(-1, places).flatten(-2)
+
+
+@lru_cache(maxsize=8)
+def _indices(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: nothing can be copied from the host while a CUDA graph is captured."""
+    return torch.tensor(order, device=device)
 
 
 def _contiguous(tensor: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ Groups and blocks of scales have to divide the inputs of a matrix, and the share
 an engine cuts along them; blocks have to divide what engines fuse; words have to be full.
 """
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from tightfit.errors import LayoutError, TightfitError
 from tightfit.model.layout import Cut, Parallel, Rank, Weight
 from tightfit.model.parameters import check_parallel, plain_parameters
+from tightfit.model.quantization.leaving import ignoring, short_names
 from tightfit.model.quantization.recipe import Recipe, split_experts
 from tightfit.model.quantization.written import (
     COMPRESSED_TENSORS,
@@ -19,6 +18,7 @@ from tightfit.model.quantization.written import (
     Choice,
     Decisions,
     Wish,
+    held_together,
     matrices,
     module_name,
     written,
@@ -47,13 +47,16 @@ class Refusal:
 
 
 class RefusedError(LayoutError):
-    """Some matrices cannot be quantized as asked; `refusals` are all of them."""
+    """Some matrices cannot be quantized as asked; `refusals` are all of them.
 
-    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
+    `remedy` is what would do for all at once.
+    """
+
+    def __init__(self, refusals: tuple[Refusal, ...], remedy: str) -> None:
         first, *others = refusals
         more = f" (and {len(others)} more, see --dry-run)" if others else ""
-        super().__init__(f"{first}{more}", hint=first.remedy)
-        self.refusals = refusals
+        super().__init__(f"{first}{more}", hint=remedy)
+        self.refusals, self.remedy = refusals, remedy
 
 
 def admit(
@@ -73,51 +76,58 @@ def admit(
     """
     parallel = Parallel(tensor_parallel_size=tensor_parallel_size)
     check_parallel(spec, parallel)
-    found = tuple(_refusals(spec, wish, decisions, parallel))
-    if found:
-        raise RefusedError(found)
+    refused = _refused(spec, wish, decisions, parallel)
+    if not refused:
+        return
+
+    def remedy(weights: Collection[Weight]) -> str:
+        return _remedy(spec, wish, decisions, weights, parallel)
+
+    refusals = (
+        _refusal(choice, reason, weights, remedy(weights))
+        for (choice, reason), weights in refused.items()
+    )
+    raise RefusedError(tuple(refusals), remedy([one for some in refused.values() for one in some]))
 
 
-def lost_sizes(spec: ModelSpec, wish: Wish, decisions: Decisions) -> dict[int, Refusal]:
+def lost_sizes(spec: ModelSpec, wish: Wish, decisions: Decisions) -> dict[int, RefusedError]:
     """Common tensor parallel sizes that the model allows, and its quantized form does not."""
     found = {}
     for size in COMMON_SIZES:
         try:
             admit(spec, wish, decisions, tensor_parallel_size=size)
         except RefusedError as error:
-            found[size] = error.refusals[0]
+            found[size] = error
         except LayoutError:
             continue
     return found
 
 
-def short_names(modules: Iterable[str]) -> tuple[str, ...]:
-    """Names without the numbers of layers and experts: `model.layers.*.mlp.down_proj`."""
-    return tuple(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in modules))
-
-
-def _refusals(
+def _refused(
     spec: ModelSpec, wish: Wish, decisions: Decisions, parallel: Parallel
-) -> Iterator[Refusal]:
-    recipe = written(spec, wish)
-    fitted = recipe.fitted(plain_parameters(spec), parallel)
-    found: defaultdict[tuple[Choice, str], list[Weight]] = defaultdict(list)
+) -> dict[tuple[Choice, str], list[Weight]]:
+    """Weights that cannot be stored or held, by what was asked for and why not."""
+    fitted = written(spec, wish).fitted(plain_parameters(spec), parallel)
+    found: dict[tuple[Choice, str], list[Weight]] = {}
     for weight in matrices(spec):
-        choice = decisions[module_name(split_experts(weight).parts[0].source)]
+        choice = decisions[_modules(weight)[0]]
         if choice is not None and (reason := problem(weight, fitted, parallel)):
-            found[choice, reason].append(weight)
-    for (choice, reason), weights in found.items():
-        modules = [
-            module_name(part.source) for weight in weights for part in split_experts(weight).parts
-        ]
-        names = short_names(modules)
-        yield Refusal(
-            modules=names,
-            matrices=sum(len(w.parts) * max(w.experts, 1) for w in weights),
-            scheme=choice.label,
-            reason=reason,
-            remedy=_remedy(spec, wish, choice, weights, parallel),
-        )
+            found.setdefault((choice, reason), []).append(weight)
+    return found
+
+
+def _refusal(choice: Choice, reason: str, weights: Collection[Weight], remedy: str) -> Refusal:
+    return Refusal(
+        modules=short_names(module for weight in weights for module in _modules(weight)),
+        matrices=sum(len(w.parts) * max(w.experts, 1) for w in weights),
+        scheme=choice.label,
+        reason=reason,
+        remedy=remedy,
+    )
+
+
+def _modules(weight: Weight) -> tuple[str, ...]:
+    return tuple(module_name(part.source) for part in split_experts(weight).parts)
 
 
 def problem(weight: Weight, recipe: Recipe, parallel: Parallel) -> str | None:
@@ -143,30 +153,31 @@ def _check_cut(tensor: Weight, rank: Rank) -> None:
 
 
 def _remedy(
-    spec: ModelSpec, wish: Wish, choice: Choice, weights: list[Weight], parallel: Parallel
+    spec: ModelSpec,
+    wish: Wish,
+    decisions: Decisions,
+    weights: Collection[Weight],
+    parallel: Parallel,
 ) -> str:
-    """Schemes that hold all of these, and how to leave them alone."""
+    """Schemes that hold all of these, and how to leave alone all that they are part of."""
+    refused = {module for weight in weights for module in _modules(weight)}
+    choices = {choice for module in refused if (choice := decisions[module]) is not None}
     works = []
-    for other in _alternatives(choice):
+    choice = choices.pop()
+    for other in () if choices else _alternatives(choice):
         changed = _instead(wish, choice, other)
         fitted = written(spec, changed).fitted(plain_parameters(spec), parallel)
         if not any(problem(weight, fitted, parallel) for weight in weights):
             works.append(_called(other))
-    found = [f"this would do: {', or '.join(works[:2])}"] if works else []
+    found = [f"use {', or '.join(works[:2])}"] if works else []
     if parallel.tensor_parallel_size > 1 and all(weight.experts for weight in weights):
         found.append("or serve whole experts (--enable-expert-parallel), without --for-tp")
-    ends = sorted({end for weight in weights for end in _ends(weight)})
-    found.append(f"or leave them as they are: --ignore '{'|'.join(ends)}'")
-    return "; ".join(found).removeprefix("or ")
-
-
-def _ends(weight: Weight) -> Iterator[str]:
-    """Patterns for all that has to stay as it is if a weight does."""
-    if weight.experts:
-        yield r"\.experts\."
-        return
-    for part in weight.parts:
-        yield re.escape(".".join(module_name(part.source).split(".")[-2:])) + "$"
+    groups = held_together(spec).values()
+    whole = [module for group in groups if refused & {*group} for module in group]
+    rest = {name for name, one in decisions.items() if one is not None} - {*whole}
+    if rest:
+        found.append(f"or leave them as they are: --ignore '{ignoring(whole, rest)}'")
+    return "; ".join(found).removeprefix("or ") or "give another scheme"
 
 
 def _alternatives(choice: Choice) -> Iterator[Choice]:
@@ -190,5 +201,4 @@ def _instead(wish: Wish, choice: Choice, other: Choice) -> Wish:
 def _called(choice: Choice) -> str:
     if choice.scheme not in GROUPED:
         return choice.scheme
-    size = f"groups of {choice.group}" if choice.group else "whole rows"
-    return f"{choice.scheme} with {size}"
+    return f"{choice.scheme} with --group-size {choice.group or -1}"

@@ -28,7 +28,7 @@ from tightfit.quantize.admission import problem
 from tightfit.quantize.encoding import check_finite, rows_of
 from tightfit.quantize.matrices import Matrix, matrices_of
 from tightfit.quantize.places import Where, places
-from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.loading.files import TORCH_DTYPES
 from tightfit.units import dtype_bytes
 
 
@@ -110,7 +110,7 @@ def sized_groups(
         parallel: a layout in which a scheme has to divide what it gets.
 
     Raises:
-        UnsupportedModelError: a candidate would ignore a part of what engines hold as one.
+        UsageError: a candidate would ignore a part of what engines hold as one.
     """
     plans = [_Plan.of(checkpoint, spec, wish, parallel) for wish in candidates]
     grouped: dict[str, list[Weight]] = {}

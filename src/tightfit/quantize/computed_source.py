@@ -8,11 +8,9 @@ forgotten is made again, to the same bytes.
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from ctypes import CDLL
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from threading import Lock, get_ident
 from typing import Any, Generic, TypeVar
 
 import xxhash
@@ -21,24 +19,13 @@ from torch import Tensor, uint8
 from tightfit.checkpoint.header import TensorInfo, encode_header, read_header
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError, UsageError
+from tightfit.quantize.made_cache import MadeCache
 from tightfit.quantize.matrices import Output
-from tightfit.units import MiB, dtype_bytes
+from tightfit.units import dtype_bytes
 
 FILE = "model.safetensors"
-_KEPT_BYTES = 256 * MiB
-"""Of tensors that nobody is reading: scales that lie far away from their matrix."""
-_TIDIED_BYTES = 64 * MiB
-_HIDDEN = frozenset(
-    (
-        *("_lock", "_locks", "_cache", "_left", "_done", "_waiting", "_waiting_bytes"),
-        *("_made_bytes", "_reading", "_reader"),
-    )
-)
-"""Of a source that goes to another process."""
 
 U = TypeVar("U")
-_Key = tuple[int, str]
-"""Number of the unit, and kind of the tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +59,6 @@ class _Entry:
 class ComputedSource(ABC, Generic[U]):
     """A source with one file, `FILE`, beside the side files of another source."""
 
-    _made_bytes: int
-
     def __init__(self, base: Source, kept: Iterable[Kept], made: Sequence[Made[U]]) -> None:
         self.base = base
         self.label = base.label
@@ -95,7 +80,7 @@ class ComputedSource(ABC, Generic[U]):
             self._starts.append(self._size)
             self._size += entry.nbytes
         self._elsewhere: list[tuple[Source, str, int]] = []
-        self._forget()
+        self._cache = MadeCache(len(self._made))
 
     @abstractmethod
     def make(self, unit: U) -> Mapping[str, Tensor]:
@@ -138,6 +123,10 @@ class ComputedSource(ABC, Generic[U]):
         """Names of the files: those of weights are the base's no more, but filtered by others."""
         return sorted({*self.base.files(), FILE})
 
+    def others(self) -> list[str]:
+        """What else the base has: directories, and links that lead nowhere."""
+        return self.base.others()
+
     def local_path(self, path: str) -> Path | None:
         """None for what is computed."""
         return None if path == FILE else self.base.local_path(path)
@@ -171,76 +160,16 @@ class ComputedSource(ABC, Generic[U]):
             at = kept.info.offset
             return kept.source.read(kept.info.file, at + first, at + last)
         key = entry.made, entry.kind
-        with self._lock:
-            self._turn_to(key)
-        with self._locks[entry.made]:
-            with self._lock:
-                data = self._cache.get(key)
+        self._cache.turn_to(key)
+        with self._cache.locks[entry.made]:
+            data = self._cache.get(key)
             if data is None:
                 made = self._bytes_of(self._made[entry.made])
+                self._cache.keep(entry.made, made, entry.kind)
                 data = made[entry.kind]
-                self._tidy(sum(map(len, made.values())))
-                with self._lock:
-                    for kind, one in made.items():
-                        self._keep((entry.made, kind), one, asked=kind == entry.kind)
             found = bytes(data[first:last])
-            with self._lock:
-                self._has_read(key, last - first)
+            self._cache.has_read(key, last - first)
         return found
-
-    def _tidy(self, nbytes: int) -> None:
-        """Give back what the allocator keeps for each thread, in pieces that fit nothing else."""
-        with self._lock:
-            self._made_bytes += nbytes
-            if self._made_bytes < _TIDIED_BYTES:
-                return
-            self._made_bytes = 0
-        trim = getattr(CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
-
-    def _keep(self, key: _Key, data: memoryview, *, asked: bool) -> None:
-        """Until it has been read; what was made again is kept if somebody will ask for it."""
-        if key in self._cache or (not asked and key in self._done):
-            return
-        self._cache[key], self._left[key] = data, len(data)
-        if not asked:
-            self._wait(key)
-
-    def _turn_to(self, key: _Key) -> None:
-        """Readers of some ranks leave the rest of a tensor, and turn to the next."""
-        thread = get_ident()
-        before = self._reading.get(thread)
-        self._reading[thread], self._reader[key] = key, thread
-        if before is None or before == key or self._reader.get(before) != thread:
-            return
-        del self._reader[before]
-        if before in self._cache and before not in self._waiting:
-            self._wait(before)
-
-    def _wait(self, key: _Key) -> None:
-        """For somebody to read it, unless there is too much of that."""
-        self._waiting[key] = None
-        self._waiting_bytes += len(self._cache[key])
-        while self._waiting_bytes > _KEPT_BYTES:
-            oldest = next(iter(self._waiting))
-            self._begin(oldest)
-            del self._cache[oldest], self._left[oldest]
-
-    def _begin(self, key: _Key) -> None:
-        """Wait no longer for somebody to read it."""
-        if key in self._waiting:
-            del self._waiting[key]
-            self._waiting_bytes -= len(self._cache[key])
-
-    def _has_read(self, key: _Key, nbytes: int) -> None:
-        """Forget what has been read."""
-        if key in self._cache:
-            self._begin(key)
-            self._left[key] -= nbytes
-            if self._left[key] <= 0:
-                self._done.add(key)
-                del self._cache[key], self._left[key]
 
     def _bytes_of(self, unit: Made[U]) -> dict[str, memoryview]:
         tensors = self.make(unit.unit)
@@ -266,26 +195,12 @@ class ComputedSource(ABC, Generic[U]):
     def inputs(self, unit: U) -> Iterable[TensorInfo]:
         """The tensors of the base that a unit is made of."""
 
-    def _forget(self) -> None:
-        self._lock = Lock()
-        self._locks = [Lock() for _ in self._made]
-        self._cache: dict[_Key, memoryview] = {}
-        self._left: dict[_Key, int] = {}
-        self._waiting: dict[_Key, None] = {}
-        self._reading: dict[int, _Key] = {}
-        self._reader: dict[_Key, int] = {}
-        self._waiting_bytes = 0
-        self._made_bytes = 0
-        self._done: set[_Key] = set()
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without locks, and what has been made."""
-        state = {name: value for name, value in vars(self).items() if name not in _HIDDEN}
-        return {**state, "_elsewhere": [(s, file, s.size(file)) for s, file in self._origins()]}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._forget()
+        """With the sizes of files, which have to be the same elsewhere."""
+        return {
+            **vars(self),
+            "_elsewhere": [(s, file, s.size(file)) for s, file in self._origins()],
+        }
 
 
 def read_exactly(source: Source, file: str, start: int, stop: int) -> bytes:

@@ -12,7 +12,7 @@ from tightfit.codecs.fp4 import MxFp4, NvFp4
 from tightfit.codecs.grids import FP4_MAX, FP8_MAX
 from tightfit.codecs.integers import Awq, Gptq, Integers
 from tightfit.quantize.computed_source import read_exactly
-from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.loading.files import TORCH_DTYPES
 from tightfit.units import cdiv
 
 _DTYPES = {**TORCH_DTYPES, "F8_E8M0": torch.uint8, "U32": torch.int32}

@@ -25,7 +25,7 @@ from tightfit.model.spec import ModelSpec
 from tightfit.quantize.computed_source import FILE, ComputedSource, Kept, Made
 from tightfit.quantize.decoding import read_stored, some_rows
 from tightfit.quantize.matrices import FLOATS, Output, place
-from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.loading.files import TORCH_DTYPES
 
 _CHUNK_ELEMENTS = 2**20
 _SECTIONS = ("quantization_config", "compression_config")

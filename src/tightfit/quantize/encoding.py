@@ -1,9 +1,8 @@
 """A checkpoint, quantized while it is read."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from tightfit.codecs import codec
 from tightfit.errors import CheckpointError
 from tightfit.quantize.computed_source import ComputedSource, Kept, Made, read_exactly
 from tightfit.quantize.matrices import Matrix
-from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.loading.files import TORCH_DTYPES
 from tightfit.units import dtype_bytes
 
 _CHUNK_ELEMENTS = 2**20
@@ -27,7 +26,7 @@ class EncodedSource(ComputedSource[Matrix]):
     def __init__(
         self, base: Source, kept: Iterable[Kept], matrices: Sequence[Matrix], *, search: bool
     ) -> None:
-        self._search = search
+        self._search, self._largest = search, _Largest()
         self._together: dict[str, list[Matrix]] = {}
         for matrix in matrices:
             self._together.setdefault(matrix.fused, []).append(matrix)
@@ -41,7 +40,7 @@ class EncodedSource(ComputedSource[Matrix]):
             CheckpointError: it has values that are not finite, or its file ends early.
         """
         coder = codec(unit.choice, TORCH_DTYPES[unit.source.dtype])
-        amax = self._amax(unit.fused) if coder.needs_amax else None
+        amax = self._largest.get(unit.fused, self._largest_of) if coder.needs_amax else None
         # What is large goes to its place at once, as joining pieces takes their memory twice.
         large = max(unit.outputs, key=lambda kind: prod(unit.outputs[kind].shape))
         whole: Tensor | None = None
@@ -63,27 +62,33 @@ class EncodedSource(ComputedSource[Matrix]):
         """The tensor that it is in."""
         return (unit.source,)
 
-    def _amax(self, fused: str) -> Tensor:
-        """The largest absolute value of all that an engine holds as one, which several ask for."""
-        with self._amax_locks.setdefault(fused, Lock()):
-            if fused not in self._largest:
-                largest = torch.zeros(())
-                for matrix in self._together[fused]:
-                    for rows in rows_of(matrix, self.base, 1):
-                        check_finite(rows, matrix)
-                        largest = torch.maximum(largest, rows.abs_().amax())
-                self._largest[fused] = largest
-        return self._largest[fused]
+    def _largest_of(self, fused: str) -> Tensor:
+        largest = torch.zeros(())
+        for matrix in self._together[fused]:
+            for rows in rows_of(matrix, self.base, 1):
+                check_finite(rows, matrix)
+                largest = torch.maximum(largest, rows.abs_().amax())
+        return largest
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._largest: dict[str, Tensor] = {}
-        self._amax_locks: dict[str, Lock] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without locks, and what has been found."""
-        hidden = ("_largest", "_amax_locks")
-        return {k: value for k, value in super().__getstate__().items() if k not in hidden}
+class _Largest:
+    """The largest absolute value of all that an engine holds as one, by the name of that.
+
+    Several threads ask for it, and the first one finds it. A pickled one knows of none.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+        self._locks: dict[str, Lock] = {}
+
+    def __reduce__(self) -> tuple[type["_Largest"], tuple[()]]:
+        return _Largest, ()
+
+    def get(self, fused: str, find: Callable[[str], Tensor]) -> Tensor:
+        with self._locks.setdefault(fused, Lock()):
+            if fused not in self._found:
+                self._found[fused] = find(fused)
+        return self._found[fused]
 
 
 def rows_of(matrix: Matrix, source: Source, step: int) -> Iterator[Tensor]:

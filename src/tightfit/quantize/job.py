@@ -1,6 +1,7 @@
 """Everything about quantizing a checkpoint before the first weight is read."""
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -17,14 +18,15 @@ from tightfit.quantize.admission import admit
 from tightfit.quantize.computed_source import FILE, Kept
 from tightfit.quantize.encoding import EncodedSource
 from tightfit.quantize.matrices import Matrix, quantized_matrices
+from tightfit.sharding.side_files import copied_side_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob:
     """A checkpoint to be quantized, as it is and as it will be.
 
-    `spec` is that of the checkpoint, and `quantized_spec` that of `virtual`, the quantized one, of
-    which tensors are computed when they are read.
+    `virtual` is the quantized checkpoint, whose tensors are computed when they are read. `spec` and
+    `quantized_spec` are the models of the two.
     """
 
     checkpoint: Checkpoint
@@ -45,7 +47,7 @@ def prepare(
     tensor_parallel_size: int = 1,
     given: Mapping[str, Kept] = MappingProxyType({}),
 ) -> QuantizeJob:
-    """Decide what becomes of every tensor.
+    """Decide what becomes of every tensor; what is beside them has to be readable.
 
     Args:
         checkpoint: an unquantized one.
@@ -61,8 +63,9 @@ def prepare(
             (`RefusedError`), or the model cannot be cut for so many ranks.
         UnsupportedModelError: the architecture is not known, the checkpoint is quantized already,
             or engines could not load the result.
-        UsageError: a rule matches nothing.
+        UsageError: a scheme is for nothing, or only for a part of what engines hold as one.
     """
+    copied_side_files(checkpoint)
     spec = unquantized_spec(checkpoint)
     decisions = decide(spec, wish)
     admit(spec, wish, decisions, tensor_parallel_size=tensor_parallel_size)
@@ -98,6 +101,16 @@ def prepare(
             known=source.tensors(),
         ),
     )
+
+
+def matching_nothing(job: QuantizeJob, ignored: Iterable[str]) -> Iterator[str]:
+    """Say which patterns, `ignored` on the command line or kept by a rule, are of no use."""
+    names = [*job.decisions, *job.checkpoint.tensors()]
+    kept = (pattern for pattern, choice in job.wish.rules if choice is None)
+    said = dict.fromkeys(kept, "the rule that keeps") | dict.fromkeys(ignored, "--ignore")
+    for pattern, what in said.items():
+        if not any(re.search(pattern, name) for name in names):
+            yield f"{what} {pattern!r} matches nothing"
 
 
 def unquantized_spec(checkpoint: Checkpoint) -> ModelSpec:

@@ -1,11 +1,12 @@
-"""`tightfit-quantize.json`: how a checkpoint was quantized, and a checksum of every tensor.
+"""`tightfit-quantize.json`: how a checkpoint was quantized; checksums of tensors and other files.
 
 Engines ignore it. The config comes after it, so that a directory with both is a complete one.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -15,8 +16,12 @@ from tightfit.checkpoint.files import CONFIG, INDEX, find_weights, read_config
 from tightfit.checkpoint.source import Source
 from tightfit.errors import TightfitError, VerificationError
 from tightfit.sharding.manifest import StoredFile, stored_files
+from tightfit.sharding.origin import States, states_of
+from tightfit.sharding.ranks import plain_journal, plain_manifest
+from tightfit.sharding.side_files import SideFile
 
-NAME = "tightfit-quantize.json"
+VERB = "quantize"
+NAME, JOURNAL = plain_manifest(VERB), plain_journal(VERB)
 FORMAT = "tightfit-quantize-1"
 _LARGEST_BYTES = 2**30
 
@@ -33,7 +38,9 @@ class Manifest:
     job: Mapping[str, Any]
     files: tuple[StoredFile, ...]
     beside: Mapping[str, str] = field(default_factory=dict)
-    """Checksums of the config and the index, by name; none of older versions."""
+    """Checksums of the other files, by name; of older versions not of all, or of none."""
+    source_states: States = field(default_factory=dict)
+    """Of the weight files of the source; older versions have none."""
     tightfit: str = __version__
 
     @property
@@ -47,6 +54,7 @@ class Manifest:
             "format": FORMAT,
             "tightfit": self.tightfit,
             "source": self.source_name,
+            **({"source_states": dict(self.source_states)} if self.source_states else {}),
             "recipe": dict(self.recipe),
             "job": dict(self.job),
             "beside": dict(self.beside),
@@ -79,6 +87,7 @@ def read_manifest(place: Source) -> Manifest:
             job=job,
             files=stored_files(document["files"]),
             beside=dict(document.get("beside", {})),
+            source_states=states_of(document.get("source_states", {})),
         )
     except (
         *(KeyError, TypeError, ValueError, AttributeError),
@@ -92,7 +101,19 @@ def read_manifest(place: Source) -> Manifest:
 
 
 def problems_beside(place: Source, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the config and the index, which make a checkpoint of the files."""
+    """What is wrong with the config and the index, and with what else is beside the weights."""
+    yield from _config_problems(place, manifest)
+    there = place.files()
+    for name in manifest.beside:
+        if name in (CONFIG, INDEX):
+            continue
+        if name not in there:
+            yield f"{name} is missing, which belongs beside the weights"
+        elif _differs(place, name, manifest):
+            yield f"{name} is not the one that was written"
+
+
+def _config_problems(place: Source, manifest: Manifest) -> Iterator[str]:
     try:
         config, index = read_config(place), find_weights(place).index
     except TightfitError as error:
@@ -110,10 +131,15 @@ def problems_beside(place: Source, manifest: Manifest) -> Iterator[str]:
         yield f"{INDEX} is not the one that was written"
 
 
-def digest(data: bytes) -> str:
+def digest(blocks: Iterable[bytes]) -> str:
     """The checksum of a file beside the weights."""
-    return xxhash.xxh3_128(data).hexdigest()
+    found = xxhash.xxh3_128()
+    for data in blocks:
+        found.update(data)
+    return found.hexdigest()
 
 
 def _differs(place: Source, name: str, manifest: Manifest) -> bool:
-    return name in manifest.beside and digest(place.read(name)) != manifest.beside[name]
+    there = manifest.beside.get(name)
+    here = SideFile(name=name, nbytes=place.size(name), read=partial(place.read, name))
+    return there is not None and there != digest(here.blocks())

@@ -23,7 +23,7 @@ from tightfit.quantize.encoding import check_finite, rows_of
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix
 from tightfit.quantize.places import KINDS, Where, places
-from tightfit.runtime.files import TORCH_DTYPES
+from tightfit.runtime.loading.files import TORCH_DTYPES
 from tightfit.sharding.progress import Progress
 from tightfit.units import dtype_bytes
 

@@ -13,13 +13,25 @@ kv_cache: fp8
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tightfit.errors import UsageError
-from tightfit.model.quantization.written import COMPRESSED_TENSORS, GROUPED, Choice, Wish
+from tightfit.model.quantization.written import (
+    COMPRESSED_TENSORS,
+    GROUPED,
+    Choice,
+    ChoiceError,
+    Wish,
+    compiled,
+)
 
 METHODS = ("rtn", "mse", "gptq", "awq", "smoothquant")
 """How values are chosen, which is no part of a recipe."""
+DATA_FREE = ("rtn", "mse")
+"""Those of them that need no text."""
+SHORTEST_SAMPLE = 8
+"""Tokens of a window of text, for those that do."""
 _LARGEST_BYTES = 2**22
 _KEYS = ("scheme", "group_size", "format", "rules", "kv_cache")
 _RULE_KEYS = ("match", "scheme", "group_size", "keep")
@@ -53,18 +65,29 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def wish_of(
-    document: Mapping[str, Any], where: str = "the recipe", *, ignore: Iterable[str] = ()
+    document: Mapping[str, Any],
+    where: str = "the recipe",
+    *,
+    ignore: Iterable[str] = (),
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Wish:
     """What a recipe asks for; patterns to `ignore` come before its rules.
 
+    Messages name `where` the document is from, or of what an option has said, by key, the `flags`.
+
     Raises:
-        UsageError: an unknown key, scheme or group size, or a value of another kind.
+        UsageError: an unknown key, scheme or group size, a value of another kind, or a pattern that
+            is none.
     """
     _check_keys(document, _KEYS, where)
+    origin = {key: flags.get(key, where) for key in ("scheme", "group_size", "format")}
     scheme, size = document.get("scheme"), document.get("group_size")
     form = document.get("format") or COMPRESSED_TENSORS
-    default = None if scheme is None else _choice(scheme, size, form, where)
-    rules: list[tuple[str, Choice | None]] = [(pattern, None) for pattern in ignore]
+    default = None if scheme is None else _choice(scheme, size, form, origin)
+    rules: list[tuple[str, Choice | None]] = [
+        (_pattern(pattern, flags.get("ignore", "--ignore")), None) for pattern in ignore
+    ]
+    is_used = scheme is not None
     entries = document.get("rules") or []
     if not isinstance(entries, list):
         raise UsageError(f"{where}: rules are no list", hint=_EXAMPLE)
@@ -73,19 +96,29 @@ def wish_of(
         if not isinstance(entry, dict) or not isinstance(entry.get("match"), str):
             raise UsageError(f"{here} has no pattern to match", hint=_EXAMPLE)
         _check_keys(entry, _RULE_KEYS, here)
-        own = entry.get("scheme")
-        if entry.get("keep") is True and own is None and "group_size" not in entry:
-            rules.append((entry["match"], None))
+        match = _pattern(entry["match"], here)
+        if _keeps(entry, here):
+            rules.append((match, None))
             continue
-        if "keep" in entry or (own is None and scheme is None):
+        own = entry.get("scheme")
+        if own is None and scheme is None:
             raise UsageError(
-                f"{here} ({entry['match']!r}) says neither what to make of it nor `keep: true`",
+                f"{here} ({match!r}) says neither what to make of it nor `keep: true`",
                 hint=_EXAMPLE,
             )
-        # A group size belongs to its scheme.
-        inherited = size if own in (None, scheme) else None
-        chosen = _choice(own or scheme, entry.get("group_size", inherited), form, here)
-        rules.append((entry["match"], chosen))
+        # A group size belongs to its scheme; without one, to all that have groups.
+        follows = own in (None, scheme) or (scheme is None and own in GROUPED)
+        inherited = size if follows else None
+        is_used |= follows and "group_size" not in entry
+        said = {"scheme": here} if own is not None else {}
+        said |= {"group_size": here} if "group_size" in entry else {}
+        chosen = _choice(own or scheme, entry.get("group_size", inherited), form, origin | said)
+        rules.append((match, chosen))
+    if size is not None and not is_used:
+        raise UsageError(
+            f"{origin['group_size']}: a group size of {size!r:.40}, which no scheme takes",
+            hint=f"it belongs to {', '.join(GROUPED)}, and to rules without a size of their own",
+        )
     kv_cache = document.get("kv_cache")
     if kv_cache is not None and kv_cache not in KV_CACHE:
         raise UsageError(
@@ -116,18 +149,41 @@ def _of_choice(choice: Choice) -> dict[str, Any]:
     return {"scheme": choice.scheme, **size}
 
 
-def _choice(scheme: Any, group_size: Any, form: Any, where: str) -> Choice:
+def _keeps(entry: Mapping[str, Any], here: str) -> bool:
+    keep = entry.get("keep", False)
+    if type(keep) is not bool:
+        raise UsageError(f"{here}: keep {keep!r:.40} is neither true nor false", hint=_EXAMPLE)
+    said = [f"{key} {entry[key]!r:.40}" for key in ("scheme", "group_size") if key in entry]
+    if keep and said:
+        raise UsageError(
+            f"{here} ({entry['match']!r}) says both `keep: true` and {' and '.join(said)}",
+            hint="leave out one of them: what is kept stays as it is",
+        )
+    return keep
+
+
+def _pattern(pattern: str, where: str) -> str:
+    try:
+        compiled(pattern)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+    return pattern
+
+
+def _choice(scheme: Any, group_size: Any, form: Any, origin: Mapping[str, str]) -> Choice:
+    """A choice; `origin` says of each of its fields who has given it."""
     good = isinstance(scheme, str) and isinstance(form, str)
     if not good or (group_size is not None and type(group_size) is not int):
         raise UsageError(
-            f"{where}: scheme {scheme!r}, group size {group_size!r}, format {form!r}: two names "
-            "and a whole number are needed",
+            f"{origin['scheme']}: scheme {scheme!r}, group size {group_size!r}, format {form!r}: "
+            "two names and a whole number are needed",
             hint=_EXAMPLE,
         )
     try:
         return Choice(scheme=scheme, group_size=group_size, format=form)
-    except UsageError as error:
-        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+    except ChoiceError as error:
+        message = f"{origin[error.key]}: {error.message}"
+        raise UsageError(message, hint=error.hint) from None
 
 
 def _check_keys(document: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

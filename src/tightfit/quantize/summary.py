@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tightfit.model.quantization.leaving import short_names
 from tightfit.model.quantization.recipe import split_experts
 from tightfit.model.quantization.written import matrices, module_name
-from tightfit.quantize.admission import short_names
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.places import ATTENTION, EXPERTS, HEAD, MLP, SHARED, places
 

@@ -6,16 +6,14 @@ from typing import Any
 
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import Source
-from tightfit.errors import UsageError
+from tightfit.errors import TightfitError, UsageError, VerificationError
 from tightfit.quantize.manifest import NAME, Manifest, problems_beside, read_manifest
-from tightfit.quantize.recipe_file import wish_of
+from tightfit.quantize.recipe_file import DATA_FREE, wish_of
 from tightfit.sharding.boxes import whole
 from tightfit.sharding.manifest import StoredFile
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.content import damages, differences
 from tightfit.sharding.proof.headers import file_problems
-
-_DATA_FREE = ("rtn", "mse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +45,7 @@ class Report:
             "schema": 1,
             "directory": directory,
             "ok": self.ok,
+            "source": self.manifest.source_name,
             "method": self.manifest.method,
             "recipe": dict(self.manifest.recipe),
             "tensors": self.tensors,
@@ -60,12 +59,12 @@ def verify(place: Source, progress: Progress, against: str | None) -> Report:
     """Check headers and checksums, and with `against`, a model, make everything once more.
 
     Raises:
-        VerificationError: the manifest is damaged.
+        VerificationError: the manifest is damaged, or `against` cannot be quantized so.
         UsageError: it was calibrated, and `against` is given.
-        TightfitError: `against` cannot be opened, or not be quantized.
+        TightfitError: `against` cannot be opened.
     """
     manifest = read_manifest(place)
-    if against is not None and (manifest.method not in _DATA_FREE or manifest.job["calibration"]):
+    if against is not None and (manifest.method not in DATA_FREE or manifest.job["calibration"]):
         raise UsageError(
             f"{place.label} was calibrated ({manifest.method}), and cannot be made again for this",
             hint="without --against its checksums are verified",
@@ -101,10 +100,20 @@ def _against(
 ) -> list[str]:
     """What is made of the model in the same way, held against what is there."""
     wish = wish_of(manifest.recipe, NAME)
+    from tightfit.quantize.dequantize import open_dequantized
     from tightfit.quantize.job import prepare
 
-    # One file of each tensor, computed when it is compared.
-    job = prepare(open_checkpoint(against, download=True), wish, method=manifest.method)
+    source = open_checkpoint(against, download=True)
+    try:
+        # Of a quantized one what it stands for, as for --dequantize.
+        source = open_dequantized(source)
+        # One file of each tensor, computed when it is compared.
+        job = prepare(source, wish, method=manifest.method)
+    except TightfitError as error:
+        raise VerificationError(
+            f"{against} cannot be what {place.label} was made from: {error.message}",
+            hint=f"it was quantized from {manifest.source_name}",
+        ) from error
     made, there = job.virtual.tensors(), {one.name for file in files for one in file.tensors}
     problems = [
         f"there is no {name!r}, which {against} gives" for name in made if name not in there

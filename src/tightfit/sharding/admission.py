@@ -1,10 +1,11 @@
 """Whether a job may write to a place that is not empty: only where it goes on with itself."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.errors import OutputError
+from tightfit.sharding.differing import refuse_other
 from tightfit.sharding.job import Job
 from tightfit.sharding.manifest import ORIGINALS, Manifest, StoredFile, StoredTensor
 from tightfit.sharding.parts import Part
@@ -45,16 +46,7 @@ def check_there(
         and not name.endswith(".partial")
     ]
     if foreign or not ours or not (resume or len(job.ranks) < job.parallel.world_size):
-        unfinished = ours and not foreign and MANIFEST not in names
-        raise OutputError(
-            f"the output directory {where} "
-            + ("holds an unfinished output" if unfinished else "is not empty"),
-            hint=(
-                "--resume continues it; or give a new directory"
-                if unfinished
-                else "give a new directory, or remove that one yourself"
-            ),
-        )
+        refuse_occupied(where, unfinished=bool(ours) and not foreign and MANIFEST not in names)
     known: set[int | None] = set()
     for name in sorted(ours - {MANIFEST}):
         if (other := read_job(name)) is not None:
@@ -78,21 +70,31 @@ def check_there(
             )
 
 
-def check_job(where: str, other: Mapping[str, Any] | None, job: Job) -> None:
+def refuse_occupied(where: object, *, unfinished: bool) -> NoReturn:
+    """Refuse a place with something in it, which may be the beginning of an output.
+
+    Raises:
+        OutputError: always.
+    """
+    raise OutputError(
+        f"the output directory {where} "
+        + ("holds an unfinished output" if unfinished else "is not empty"),
+        hint=(
+            "--resume continues it; or give a new directory"
+            if unfinished
+            else "give a new directory, or remove that one yourself"
+        ),
+    )
+
+
+def check_job(where: object, other: Mapping[str, Any] | None, job: Job) -> None:
     """What a file of ours says that it belongs to, if it says anything, has to be this job.
 
     Raises:
         OutputError: it is another one.
     """
-    mine = job.identity
-    differing = [key for key in mine if other and other.get(key) != mine[key]]
-    if differing and other is not None:
-        key = differing[0]
-        raise OutputError(
-            f"{where} holds ranks of another job: its {key} is {other.get(key)!r:.80}, and "
-            f"not {mine[key]!r}",
-            hint="give a new directory, or the same options and source as there",
-        )
+    if other and (difference := job.difference(other)) is not None:
+        refuse_other(where, difference)
 
 
 def check_one_model(where: str, files: Iterable[StoredFile]) -> None:
@@ -137,14 +139,27 @@ def is_of(
 def check_same(where: str, manifest: Manifest, job: Job, size: Callable[[str], int | None]) -> None:
     """A place that is whole has to be the output of this job; `size` is that of a file there.
 
+    Its weights are yet to be compared.
+
     Raises:
         OutputError: it is not.
     """
-    same_source = manifest.source_fingerprint == job.source_fingerprint
-    if not same_source or not is_of(manifest.files, job.parts, size):
+    here = job.identity
+    known = {
+        "layout": manifest.layout,
+        "tensor_parallel_size": manifest.tensor_parallel_size,
+        "pipeline_parallel_size": manifest.pipeline_parallel_size,
+        "expert_parallel": manifest.expert_parallel,
+        "source_fingerprint": manifest.source_fingerprint,
+        **({"quantized": manifest.quantized} if manifest.quantized else {}),
+    }
+    unknown = {key: here[key] for key in here if key not in (*known, "quantized")}
+    check_job(where, known | unknown, job)
+    if not is_of(manifest.files, job.parts, size):
         raise OutputError(
-            f"{where} is the output of another job",
-            hint="give a new directory; `tightfit verify` says what is in that one",
+            f"{where} is whole, and its files are others than this call would write",
+            hint="give a new directory, or the same options (--max-shard-size) as there; "
+            "`tightfit verify` says whether that one is damaged",
         )
 
 

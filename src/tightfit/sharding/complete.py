@@ -27,11 +27,11 @@ def complete_rank(directory: Path, rank: int, job: Job) -> Manifest | None:
     return None
 
 
-def complete_ranks(directory: Path, job: Job) -> list[Manifest]:
-    """What vouches for all complete ranks; raises as `complete_rank`."""
+def complete_ranks(directory: Path, job: Job) -> dict[int, Manifest]:
+    """What vouches for all complete ranks, in their order; raises as `complete_rank`."""
     ranks = {rank for rank in map(note_rank, os.listdir(directory)) if rank is not None}
-    found = (complete_rank(directory, rank, job) for rank in sorted(ranks))
-    return [manifest for manifest in found if manifest is not None]
+    found = ((rank, complete_rank(directory, rank, job)) for rank in sorted(ranks))
+    return {rank: manifest for rank, manifest in found if manifest is not None}
 
 
 def size_in(directory: Path, name: str) -> int | None:

@@ -18,8 +18,10 @@ from tightfit.model.stored import StoredLayout, rank_tensors
 from tightfit.model.stored.loadable import check_quantization, loading_notes
 from tightfit.sharding.boxes import key, whole, whole_tensor
 from tightfit.sharding.copies import TensorCopies, plan_copies
+from tightfit.sharding.differing import difference_of
 from tightfit.sharding.gather import Gather, copied_bytes, plan
-from tightfit.sharding.manifest import ORIGINALS, cut_fingerprint, source_fingerprint
+from tightfit.sharding.manifest import ORIGINALS
+from tightfit.sharding.origin import States, cut_fingerprint, source_fingerprint, source_states
 from tightfit.sharding.parts import Part, make_part, make_parts, natural
 from tightfit.sharding.rank_files import RankFiles, open_rank_files
 from tightfit.sharding.side_files import copied_side_files
@@ -60,6 +62,42 @@ class Job:
             "source_fingerprint": self.source_fingerprint,
             "cut_fingerprint": self.cut_fingerprint,
         }
+
+    def difference(self, there: Mapping[str, Any]) -> str | None:
+        """How the job that something is of differs from this one, in words; None if it does not.
+
+        Args:
+            there: its `identity`.
+        """
+        here = self.identity
+        found = (
+            difference_of(key, there.get(key), here.get(key))
+            for key in dict.fromkeys(("quantized", *here))
+            if there.get(key) != here.get(key)
+        )
+        return next(found, None)
+
+    @property
+    def states(self) -> States:
+        """Those of the source files that are read now.
+
+        Raises:
+            CheckpointError: one is not there.
+        """
+        names = {group.source.file for group in self.copies}
+        names |= {one.file for gather in self.gathers for one in gather.slices}
+        return source_states(self.checkpoint.source, names)
+
+    @property
+    def inherited_states(self) -> States:
+        """Those of the plain checkpoint that a sharded source was made of, if it says them."""
+        manifest = None if self.cut_again is None else self.cut_again.manifest
+        return {} if manifest is None else manifest.source_states
+
+    @property
+    def noted_states(self) -> States:
+        """Those that go with the output."""
+        return self.inherited_states or self.states
 
     @property
     def output_bytes(self) -> int:
@@ -271,14 +309,29 @@ def _from_ranks(parts: Iterable[Part], ranks: RankFiles) -> list[Part]:
     for part in parts:
         placed = []
         for one in part.placed:
-            if part.name == ORIGINALS:
-                info = ranks.originals[one.tensor.name]
-                pieces: tuple[Piece, ...] = (whole(info, key(info)),)
-            else:
-                pieces = tuple(p for piece in one.tensor.pieces for p in ranks.compose(piece))
+            pieces = composed(part.name, one.tensor.name, one.tensor.pieces, ranks)
             placed.append(replace(one, tensor=replace(one.tensor, pieces=pieces)))
         found.append(replace(part, placed=tuple(placed)))
     return found
+
+
+def composed(
+    file: str, tensor: str, pieces: Iterable[Piece], ranks: RankFiles
+) -> tuple[Piece, ...]:
+    """What a tensor of a rank's file is made of, as boxes of tensors of other ranks' files.
+
+    Raises:
+        CheckpointError: those files do not hold all of it.
+    """
+    if file != ORIGINALS:
+        return tuple(found for piece in pieces for found in ranks.compose(piece))
+    if tensor not in ranks.originals:
+        raise CheckpointError(
+            f"{ranks.checkpoint.name} has no {tensor!r} in {ORIGINALS}",
+            hint="shard the model again, or give the model that it was made from",
+        )
+    info = ranks.originals[tensor]
+    return (whole(info, key(info)),)
 
 
 def _with_source_dtype(tensor: RankTensor, sources: Mapping[str, TensorInfo]) -> RankTensor:

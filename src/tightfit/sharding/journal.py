@@ -9,16 +9,15 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tightfit.errors import OutputError
+from tightfit.sharding.differing import refuse_other
+from tightfit.sharding.job import Job
+from tightfit.sharding.origin import States
 from tightfit.sharding.regular import open_regular
-
-States = Mapping[str, list[int | str]]
-"""By source file, its size, and its time of modification or what a distant store says of it."""
 
 _CANNOT_LOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -32,9 +31,7 @@ class Journal:
         OutputError: another process writes this rank, or has begun it and `resume` is not set.
     """
 
-    def __init__(
-        self, path: Path, rank: int, job: Mapping[str, Any], sources: States, *, resume: bool
-    ) -> None:
+    def __init__(self, path: Path, rank: int, job: Job, sources: States, *, resume: bool) -> None:
         self.path = path
         self.noted: dict[tuple[str, str], str] = {}
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -55,12 +52,12 @@ class Journal:
                     f"rank {rank} in {path.parent} was begun by another run",
                     hint=f"--resume continues it; or remove {self.path.name} and its files",
                 )
-            self._begin({"job": dict(job), "sources": dict(sources)}, status.st_size)
+            self._begin(job, sources, status.st_size)
         except BaseException:
             self.close(remove=mine and not resume)
             raise
 
-    def _begin(self, first: Mapping[str, Any], size: int) -> None:
+    def _begin(self, job: Job, sources: States, size: int) -> None:
         lines = self._lines(size)
         head = lines[0] if lines else None
         if size and not (isinstance(head, dict) and isinstance(head.get("job"), dict)):
@@ -68,13 +65,10 @@ class Journal:
                 f"{self.path} is damaged, or no journal of tightfit",
                 hint="remove it; then --resume writes what it spoke of again",
             )
-        if head is not None and head["job"] != first["job"]:
-            raise OutputError(
-                f"{self.path} is of another job",
-                hint="give a new directory, or the same options and source as there",
-            )
-        if head is None or not _same_sources(head.get("sources"), first["sources"]):
-            lines = []
+        if head is not None and (difference := job.difference(head["job"])) is not None:
+            refuse_other(self.path.parent, difference)
+        if head is None or not _same_sources(head.get("sources"), sources):
+            lines, first = [], {"job": dict(job.identity), "sources": dict(sources)}
             os.ftruncate(self._fd, 0)
             os.write(self._fd, _encoded(first))
         for line in lines[1:]:

@@ -5,22 +5,21 @@ Engines ignore it. It is written last, so that a directory with a manifest is a 
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from tightfit import __version__
 from tightfit.checkpoint.files import MANIFEST
-from tightfit.checkpoint.header import TensorInfo
 from tightfit.checkpoint.source import LocalSource, Source
 from tightfit.errors import CheckpointError, VerificationError
-from tightfit.model.layout import Parallel, Piece, RankTensor
+from tightfit.model.layout import Parallel, Piece
 from tightfit.model.pieces import element
 from tightfit.sharding.boxes import fits
-from tightfit.sharding.parts import Part
+from tightfit.sharding.origin import States, states_of
+from tightfit.sharding.parts import Checksums, Part
 from tightfit.sharding.ranks import not_whole
 
 FORMAT = 1
@@ -93,6 +92,8 @@ class Manifest:
     expert_parallel: bool = False
     source_name: str
     source_fingerprint: str
+    source_states: States = field(default_factory=dict)
+    """Of the files that were read of the plain checkpoint; older versions have none."""
     files: tuple[StoredFile, ...]
     left_out: Mapping[str, str | None] = field(default_factory=dict)
     """Tensors of the source that no file holds, and of which other tensor they are a copy."""
@@ -123,6 +124,13 @@ class Manifest:
         """The same of other files."""
         return replace(self, files=files)
 
+    def with_states(self, others: Iterable[States]) -> "Manifest":
+        """The same, also of what other ranks were made of."""
+        found: dict[str, list[int | str]] = {}
+        for states in (*others, self.source_states):
+            found |= states
+        return replace(self, source_states=dict(sorted(found.items())))
+
     def only(self, rank: int) -> "Manifest":
         """The same of one rank."""
         return self.with_files(tuple(file for file in self.files if file.rank == rank))
@@ -140,6 +148,7 @@ class Manifest:
             "source": {
                 "name": self.source_name,
                 "fingerprint": self.source_fingerprint,
+                **({"states": dict(self.source_states)} if self.source_states else {}),
                 "left_out": dict(self.left_out),
                 **({"quantized": dict(self.quantized)} if self.quantized else {}),
             },
@@ -154,10 +163,11 @@ def make_manifest(
     parallel: Parallel,
     source_name: str,
     source_fingerprint: str,
+    source_states: States,
     left_out: Mapping[str, str | None],
     quantized: Mapping[str, Any],
     parts: Sequence[Part],
-    checksums: Mapping[tuple[str, str], str],
+    checksums: Checksums,
 ) -> Manifest:
     """Describe finished parts; `checksums` are by file and tensor name."""
     return Manifest(
@@ -169,13 +179,14 @@ def make_manifest(
         expert_parallel=parallel.expert_parallel,
         source_name=source_name,
         source_fingerprint=source_fingerprint,
+        source_states=source_states,
         files=tuple(stored_file(part, checksums) for part in parts),
         left_out=left_out,
         quantized=quantized,
     )
 
 
-def stored_file(part: Part, checksums: Mapping[tuple[str, str], str]) -> StoredFile:
+def stored_file(part: Part, checksums: Checksums) -> StoredFile:
     """A finished part."""
     return StoredFile(
         name=part.name,
@@ -203,7 +214,7 @@ def read_manifest(directory: Path | Source) -> Manifest:
     Raises:
         VerificationError: there is none, or it is not one of ours.
     """
-    if isinstance(directory, Path) and not directory.is_dir():
+    if isinstance(directory, Path) and not os.path.isdir(directory):
         raise _no_manifest(str(directory))
     source = LocalSource(directory) if isinstance(directory, Path) else directory
     path = f"{source.label}/{MANIFEST}"
@@ -240,24 +251,6 @@ def manifest_of(document: Any, path: Path | str) -> Manifest:
         raise _not_ours(path, f"{type(error).__name__}: {error}") from None
 
 
-def source_fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
-    """A hash of names, dtypes, shapes and places of all tensors: tells checkpoints apart fast."""
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        info = tensors[name]
-        line = f"{name}\0{info.dtype}\0{info.shape}\0{info.file}\0{info.offset}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
-
-
-def cut_fingerprint(tensors: Iterable[RankTensor]) -> str:
-    """A hash of what all ranks hold: another config may cut the same source otherwise."""
-    digest = xxhash.xxh3_128()
-    for one in tensors:
-        digest.update(f"{one.name}\0{one.shape}\0{one.fill}\0{one.pieces}\n".encode())
-    return digest.hexdigest()
-
-
 def stored_files(entries: Iterable[Mapping[str, Any]]) -> tuple[StoredFile, ...]:
     """The files of a document.
 
@@ -291,8 +284,10 @@ def _parse(document: Mapping[str, Any]) -> Manifest:
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
         expert_parallel=_flag(document.get("expert_parallel", False)),
-        source_name=_text(document["source"]["name"]),
+        # Of a directory, whose name need not be UTF-8.
+        source_name=str(document["source"]["name"]),
         source_fingerprint=_text(document["source"]["fingerprint"]),
+        source_states=states_of(document["source"].get("states", {})),
         files=files,
         left_out={
             _text(name): None if twin is None else _text(twin)

@@ -13,7 +13,7 @@ from tightfit.errors import CheckpointError, OutputError
 from tightfit.model.layout import Parallel, Piece, RankTensor
 from tightfit.sharding.boxes import key, whole
 from tightfit.sharding.gather import plan
-from tightfit.sharding.manifest import cut_fingerprint, source_fingerprint
+from tightfit.sharding.origin import cut_fingerprint, source_fingerprint
 from tightfit.sharding.parts import Part, natural
 from tightfit.sharding.plain import PlainJob, plain_parts
 from tightfit.sharding.plain_output import PlainOutput
@@ -34,7 +34,7 @@ class MergeJob(PlainJob):
     `not_returned` are those that engines do not load, and that rank files have never held.
     """
 
-    rank_files: RankFiles
+    cut_again: RankFiles
     twins: Mapping[str, str]
     not_returned: tuple[str, ...]
 
@@ -75,17 +75,19 @@ def prepare_merge(checkpoint: Checkpoint, *, max_shard_bytes: int) -> MergeJob:
             source_fingerprint(ranks.infos) if manifest is None else manifest.source_fingerprint
         ),
         cut_fingerprint=cut_fingerprint(one.tensor for part in parts for one in part.placed),
-        rank_files=ranks,
         twins={name: twin for name, twin in left_out.items() if twin is not None},
         not_returned=tuple(name for name, twin in left_out.items() if twin is None),
     )
 
 
-def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = False) -> None:
+def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = False) -> bool:
     """Check the rank files, and write the checkpoint, all or nothing.
 
     With `resume` only what is missing in the directory is written, and what is there stays
     whatever happens.
+
+    Returns:
+        False if all of it was there already.
 
     Raises:
         OutputError: the directory holds something else, or cannot be written.
@@ -94,16 +96,19 @@ def merge(job: MergeJob, directory: Path, progress: Progress, *, resume: bool = 
     """
     checkpoint = job.checkpoint
     with (
-        PlainOutput(directory, job, resume=resume, beside=copied_side_files(checkpoint)) as output,
+        PlainOutput(
+            directory, job, progress, resume=resume, beside=copied_side_files(checkpoint)
+        ) as output,
         SourceFiles(checkpoint.source) as files,
     ):
         if output.finished:
             _require_same(job, directory, progress)
-            return
+            return False
         output.check_side_files()
         checksums = write_parts(job, output, files, progress)
         output.write_side_files()
         output.finish(checksums)
+    return True
 
 
 def _require_same(job: MergeJob, directory: Path, progress: Progress) -> None:
@@ -127,7 +132,7 @@ def _differences(job: MergeJob, directory: Path, progress: Progress) -> Iterator
         if not good or there.read(part.name, 0, len(part.header)) != part.header:
             yield f"{part.name} has another header"
             return
-    manifest, merged = job.rank_files.manifest, open_checkpoint(str(directory))
+    manifest, merged = job.cut_again.manifest, open_checkpoint(str(directory))
     if manifest is None:
         yield "there is no manifest to compare it with"
         return

@@ -15,26 +15,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tightfit.checkpoint.disk import is_about, output_error, reserve, sync_directory
 from tightfit.checkpoint.files import MANIFEST
-from tightfit.checkpoint.writer import is_about, output_error, reserve, sync_directory
 from tightfit.errors import OutputError
+from tightfit.interrupts import uninterrupted
 from tightfit.sharding.admission import check_one_model, check_same, check_there, is_of
 from tightfit.sharding.attempts import Attempts
 from tightfit.sharding.complete import complete_rank, complete_ranks, size_in
 from tightfit.sharding.job import Job
-from tightfit.sharding.journal import Journal, States
-from tightfit.sharding.manifest import Manifest, manifest_of, read_manifest
-from tightfit.sharding.parts import Part
-from tightfit.sharding.ranks import (
-    rank_journal,
-    rank_manifest,
-    read_job,
-    read_rank_manifest,
-)
-from tightfit.sharding.regular import open_regular
+from tightfit.sharding.journal import Journal
+from tightfit.sharding.manifest import Manifest, read_manifest
+from tightfit.sharding.origin import States
+from tightfit.sharding.parts import Checksums, Part
+from tightfit.sharding.progress import Progress
+from tightfit.sharding.proof.same_source import SameSource
+from tightfit.sharding.ranks import rank_journal, rank_manifest, read_job
+from tightfit.sharding.regular import holds, open_regular
 from tightfit.sharding.side_files import SideFile
-
-_BLOCK_BYTES = 2**23
 
 
 class ShardOutput:
@@ -50,12 +47,14 @@ class ShardOutput:
         VerificationError: what is there already is damaged.
     """
 
-    def __init__(self, path: Path, job: Job, *, resume: bool, beside: Iterable[SideFile]) -> None:
+    def __init__(
+        self, path: Path, job: Job, progress: Progress, *, resume: bool, beside: Iterable[SideFile]
+    ) -> None:
         self.path, self._job, self._resume = path, job, resume
-        self._beside = tuple(beside)
+        self._beside, self._same = tuple(beside), SameSource(job, progress, path)
         self.whole: Manifest | None = None
         self.ranks: tuple[int, ...] = ()
-        self.proven: dict[tuple[str, str], str] = {}
+        self.proven: Checksums = {}
         self._partly = len(job.ranks) < job.parallel.world_size
         self._journals: dict[int, Journal] = {}
         self._fds: dict[str, int] = {}
@@ -105,9 +104,10 @@ class ShardOutput:
         with self._errors(self.path, 0):
             for rank in self.ranks:
                 path = self.path / self.journal_name(rank)
-                self._journals[rank] = Journal(
-                    path, rank, self._job.identity, sources, resume=self._resume
-                )
+                with uninterrupted():
+                    self._journals[rank] = Journal(
+                        path, rank, self._job, sources, resume=self._resume
+                    )
                 self._forget(rank)
                 self.attempts(rank).remove()
                 noted |= self._journals[rank].noted
@@ -116,10 +116,9 @@ class ShardOutput:
     def _forget(self, rank: int) -> None:
         """Whatever vouched for a rank does so no more, as its files are about to change."""
         path = self.path / rank_manifest(rank)
-        there = os.path.lexists(path)
-        if os.path.lexists(self.path / MANIFEST) or (
-            there and (not self._resume or self._is_complete(rank))
-        ):
+        there, found = os.path.lexists(path), complete_rank(self.path, rank, self._job)
+        complete = found is not None and self._is_mine(rank, found)
+        if os.path.lexists(self.path / MANIFEST) or (there and (not self._resume or complete)):
             raise OutputError(
                 f"another process has written rank {rank} to {self.path} meanwhile",
                 hint="run the same command again with --resume",
@@ -185,21 +184,14 @@ class ShardOutput:
         for one in self._beside:
             with self._errors(self.path / one.name, one.nbytes):
                 if not self._has(one):
-                    blocks = (one.read(start, stop) for start, stop in _blocks(one.nbytes))
-                    self._write(self.path / one.name, blocks)
+                    self._write(self.path / one.name, one.blocks())
 
     def _has(self, one: SideFile) -> bool:
         final = self.path / one.name
         with self._errors(final, one.nbytes):
-            try:
-                file = open(open_regular(final), "rb")  # noqa: SIM115
-            except FileNotFoundError:
+            same = holds(final, one.blocks())
+            if same is None:
                 return False
-            with file:
-                same = os.fstat(file.fileno()).st_size == one.nbytes and all(
-                    file.read(stop - start) == one.read(start, stop)
-                    for start, stop in _blocks(one.nbytes)
-                )
             if not same:
                 raise OutputError(
                     f"{final} is there already, and differs from the source's",
@@ -214,9 +206,11 @@ class ShardOutput:
             The manifest of the ranks that are there now.
         """
         with self._errors(self.path, 0):
-            others = complete_ranks(self.path, self._job) if self._partly else ()
-            of_others = [file for one in others for file in one.files]
+            others = complete_ranks(self.path, self._job) if self._partly else {}
+            of_others = [file for one in others.values() for file in one.files]
             check_one_model(str(self.path), [*of_others, *manifest.files])
+            if len({*others, *self._job.ranks}) == self._job.parallel.world_size:
+                self._same.require(others, but=self.ranks)
             self._name_parts()
             if not self._partly:
                 self._write(self.path / MANIFEST, [_encoded(manifest.to_json())])
@@ -266,22 +260,27 @@ class ShardOutput:
                 os.mkdir(directory)
         if MANIFEST in names:
             manifest = read_manifest(path)
-            self._check_same(manifest)
+            check_same(str(path), manifest, self._job, partial(size_in, path))
+            self._same.require({rank: manifest.only(rank) for rank in self._job.ranks})
             self.whole = manifest
             self._committed = True
             self._tidy(manifest)
             return
-        done = [rank for rank in self._job.ranks if self._is_complete(rank)]
+        done = set()
+        for rank, manifest in complete_ranks(path, self._job).items():
+            if rank not in self._job.ranks:
+                # All of it only when all ranks have come: here it is to refuse another model early.
+                self._same.require({rank: manifest}, sample=True)
+            elif self._is_mine(rank, manifest):
+                self._same.require({rank: manifest})
+                done.add(rank)
+                for file in manifest.files:
+                    self.proven |= {(file.name, one.name): one.xxh3 for one in file.tensors}
         self.ranks = tuple(rank for rank in self._job.ranks if rank not in done)
-        for rank in done:
-            document = read_rank_manifest(path, rank)
-            for file in manifest_of(document, path / rank_manifest(rank)).files:
-                self.proven |= {(file.name, tensor.name): tensor.xxh3 for tensor in file.tensors}
 
-    def _is_complete(self, rank: int) -> bool:
-        manifest = complete_rank(self.path, rank, self._job)
+    def _is_mine(self, rank: int, manifest: Manifest) -> bool:
         parts = [part for part in self._job.parts if part.rank.rank == rank]
-        return manifest is not None and is_of(manifest.files, parts, partial(size_in, self.path))
+        return is_of(manifest.files, parts, partial(size_in, self.path))
 
     def _check_there(self, names: set[str]) -> None:
         """Go on only in a directory that is the beginning of this very job."""
@@ -296,9 +295,6 @@ class ShardOutput:
             resume=self._resume,
         )
 
-    def _check_same(self, manifest: Manifest) -> None:
-        check_same(str(self.path), manifest, self._job, partial(size_in, self.path))
-
     def _united(self, manifest: Manifest) -> Manifest:
         """The manifest of all ranks that have come; if these are all, write it."""
         found = complete_ranks(self.path, self._job)
@@ -306,10 +302,11 @@ class ShardOutput:
         if len(found) < world_size and os.path.exists(self.path / MANIFEST):
             # Somebody else brought the last rank at the same moment.
             return read_manifest(self.path)
-        files = tuple(file for one in found for file in one.files)
+        files = tuple(file for one in found.values() for file in one.files)
         check_one_model(str(self.path), files)
-        united = (found[0] if found else manifest).with_files(files)
+        united = manifest.with_files(files).with_states(one.source_states for one in found.values())
         if len(found) == world_size:
+            self._same.require(found, but=self.ranks)
             try:
                 self._write(self.path / MANIFEST, [_encoded(united.to_json())])
             except FileNotFoundError:
@@ -356,6 +353,7 @@ class ShardOutput:
         """The unfinished file."""
         return self.path / f"{part.name}.partial"
 
+    @uninterrupted()
     def _leave(self) -> None:
         for fd in self._fds.values():
             with suppress(OSError):
@@ -387,11 +385,6 @@ class ShardOutput:
             yield
         except OSError as error:
             raise output_error(error, path, nbytes, left=self.left) from error
-
-
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, size, _BLOCK_BYTES):
-        yield start, min(start + _BLOCK_BYTES, size)
 
 
 def _encoded(document: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,9 @@ from tightfit.model.layout import Rank, RankTensor
 
 PAGE_BYTES = 4096
 
+Checksums = dict[tuple[str, str], str]
+"""The 128-bit XXH3 of tensors, by file and name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:

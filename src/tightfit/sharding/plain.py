@@ -1,13 +1,14 @@
 """Jobs that write a plain checkpoint, which anything loads: one rank, and an index of its files."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.model.layout import Rank, RankTensor
 from tightfit.sharding.job import Job
-from tightfit.sharding.parts import Part, fill, make_part
+from tightfit.sharding.parts import Checksums, Part, fill, make_part
+from tightfit.sharding.ranks import plain_manifest
 from tightfit.sharding.side_files import config_text
 
 # transformers refuses files that do not say so.
@@ -24,14 +25,14 @@ class PlainJob(Job):
     @property
     def manifest_name(self) -> str:
         """What vouches for the files, of jobs that write such a thing."""
-        return f"tightfit-{self.verb}.json"
+        return plain_manifest(self.verb)
 
     @property
     def config_text(self) -> str:
         """What makes a checkpoint of the files."""
         return config_text(self.checkpoint.config)
 
-    def manifest(self, checksums: Mapping[tuple[str, str], str]) -> bytes | None:
+    def manifest(self, checksums: Checksums) -> bytes | None:
         """What vouches for the files, if anything; `checksums` are by file and tensor name."""
         return None
 

@@ -5,39 +5,48 @@ and its journal goes after that: a directory with a journal is an unfinished one
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from tightfit.checkpoint.files import CONFIG, INDEX
-from tightfit.errors import OutputError
+from tightfit.sharding.admission import check_job, refuse_occupied
 from tightfit.sharding.output import ShardOutput
+from tightfit.sharding.parts import Checksums
 from tightfit.sharding.plain import PlainJob
-from tightfit.sharding.ranks import read_job
+from tightfit.sharding.progress import Progress
+from tightfit.sharding.ranks import plain_journal, read_job
 from tightfit.sharding.side_files import SideFile, side_files
 
 
 class PlainOutput(ShardOutput):
     """A directory of a plain checkpoint.
 
-    On entering, `finished` says that all files of this job are there, and no journal: whether
-    they hold what they should is yet to be seen. Use `open`, `note` and `finish` in this order.
+    On entering, `finished` says that what vouches for it is there, or else all files of this job,
+    and no journal: whether they hold what they should is yet to be seen. Use `open`, `note` and
+    `finish` in this order.
     """
 
     finished = False
 
     def __init__(
-        self, path: Path, job: PlainJob, *, resume: bool, beside: Iterable[SideFile]
+        self,
+        path: Path,
+        job: PlainJob,
+        progress: Progress,
+        *,
+        resume: bool,
+        beside: Iterable[SideFile],
     ) -> None:
-        super().__init__(path, job, resume=resume, beside=beside)
+        super().__init__(path, job, progress, resume=resume, beside=beside)
         self._plain = job
-        self._journal = f"tightfit-{job.verb}.journal"
+        self._journal = plain_journal(job.verb)
 
     def journal_name(self, rank: int) -> str:
         """Where what is complete is noted."""
         return self._journal
 
-    def finish(self, checksums: Mapping[tuple[str, str], str]) -> None:
+    def finish(self, checksums: Checksums) -> None:
         """Bring everything to disk and give it its names, the config at last."""
         job = self._plain
         with self._errors(self.path, 0):
@@ -60,26 +69,14 @@ class PlainOutput(ShardOutput):
         foreign = {name for name in names - allowed if not name.endswith(".partial")}
         foreign -= {self._journal, self._plain.manifest_name}
         begun = self._journal in names and not foreign
+        finished = self._journal not in names and (
+            self._plain.manifest_name in names or (not foreign and names >= self._plain.needed)
+        )
         if begun and self._resume:
-            mine, other = self._job.identity, read_job(path / self._journal)
-            for key in mine:
-                if other is not None and other.get(key) != mine[key]:
-                    raise OutputError(
-                        f"{path} is the beginning of another {self._plain.verb}: its {key} is "
-                        f"{other.get(key)!r:.80}, and not {mine[key]!r:.80}",
-                        hint="give a new directory, or the same options and source as there",
-                    )
-        elif self._resume and not foreign and names >= self._plain.needed:
+            check_job(path, read_job(path / self._journal), self._plain)
+        elif finished and self._resume:
             self.finished = True
             # Nothing of it is ours to remove.
             self._committed = True
         else:
-            raise OutputError(
-                f"the output directory {path} "
-                + ("holds an unfinished output" if begun else "is not empty"),
-                hint=(
-                    "--resume continues it; or give a new directory"
-                    if begun
-                    else "give a new directory, or remove that one yourself"
-                ),
-            )
+            refuse_occupied(path, unfinished=begun)

@@ -1,5 +1,7 @@
 """Directories to which ranks come one by one: what is there, and what is missing.
 
+Also the names of our own files, in these and in plain checkpoints.
+
 A rank that is complete leaves `tightfit-rank-N.json`, the manifest of its files alone. Whoever
 brings the last one makes `tightfit-manifest.json` of them, and the directory is whole.
 """
@@ -31,6 +33,8 @@ class Arrived:
     complete: tuple[int, ...]
     begun: tuple[int, ...]
     world_size: int | None
+    verb: str = "shard"
+    """The command that has begun it."""
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -53,6 +57,16 @@ def part_note(rank: int, part: str) -> str:
     return f"tightfit-rank-{rank}-{part}.json"
 
 
+def plain_manifest(verb: str) -> str:
+    """Name of what vouches for a plain checkpoint, where a command writes such a thing."""
+    return f"tightfit-{verb}.json"
+
+
+def plain_journal(verb: str) -> str:
+    """Name of the journal of a plain checkpoint that a command is writing."""
+    return f"tightfit-{verb}.journal"
+
+
 def note_rank(name: str) -> int | None:
     """The rank that a journal, a manifest of a rank or a note belongs to; None of other files."""
     match = _OURS.fullmatch(name)
@@ -64,18 +78,22 @@ def arrived(source: Source) -> Arrived:
     complete: set[int] = set()
     begun: set[int] = set()
     sizes: set[int] = set()
+    verb = "shard"
     for name in source.files():
         if match := _OURS.fullmatch(name):
             job = job_of(source.read(name, 0, min(source.size(name), _LONGEST_LINE_BYTES)))
             vouched = match[2] == "json" and job is not None
             (complete if vouched else begun).add(int(match[1]))
             size = job.get("world_size") if job is not None else None
+            if job is not None and "layout" not in job:
+                verb = "quantize" if "recipe" in job else "merge"
             if type(size) is int and 0 < size <= 2**20:
                 sizes.add(size)
     return Arrived(
         complete=tuple(sorted(complete)),
         begun=tuple(sorted(begun - complete)),
         world_size=sizes.pop() if len(sizes) == 1 else None,
+        verb=verb,
     )
 
 
@@ -123,8 +141,12 @@ def read_rank_manifest(directory: Path, rank: int) -> Mapping[str, Any]:
 
 
 def not_whole(source: Source) -> VerificationError | None:
-    """The error about a directory that lacks ranks; None if it is not such a directory."""
-    there, directory = arrived(source), source.label
+    """The error about a directory that was only begun; None if it is not such a directory."""
+    directory = source.label
+    for verb in ("merge", "quantize"):
+        if source.exists(plain_journal(verb)):
+            return _unfinished(directory, verb)
+    there = arrived(source)
     if not there.complete and not there.begun:
         return None
     if there.world_size is not None and not there.missing:
@@ -133,13 +155,19 @@ def not_whole(source: Source) -> VerificationError | None:
             hint="run the same command again with --resume",
         )
     if there.world_size is None:
-        message = f"{directory} is an unfinished output of `tightfit shard`"
-        return VerificationError(message, hint="run the same command again with --resume")
+        return _unfinished(directory, there.verb)
     missing = show_ranks(there.missing)
     return VerificationError(
         f"{directory} is not whole: of {there.world_size} ranks it lacks {missing}"
         + (f" (begun: {show_ranks(there.begun)})" if there.begun else ""),
         hint=f"run `tightfit shard` into it with --ranks {missing} --resume",
+    )
+
+
+def _unfinished(directory: str, verb: str) -> VerificationError:
+    return VerificationError(
+        f"{directory} is an unfinished output of `tightfit {verb}`",
+        hint="run the same command again with --resume",
     )
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from tightfit.errors import OutputError
@@ -33,6 +34,20 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
     """What a regular file begins with; raises as `open_regular`."""
     with open(open_regular(path), "rb") as file:
         return file.read(most_bytes)
+
+
+def holds(path: Path, blocks: Iterable[bytes]) -> bool | None:
+    """Whether a regular file is made of these blocks; None if there is none.
+
+    Raises:
+        OutputError, OSError: as `open_regular`.
+    """
+    try:
+        fd = open_regular(path)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        return all(file.read(len(block)) == block for block in blocks) and not file.read(1)
 
 
 def _not_regular(path: Path) -> OutputError:

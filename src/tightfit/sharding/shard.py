@@ -3,20 +3,21 @@
 import resource
 from collections.abc import Iterable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from tightfit.checkpoint.disk import check_free_space
 from tightfit.checkpoint.files import CONFIG
-from tightfit.checkpoint.writer import check_free_space
 from tightfit.executors import Executor
 from tightfit.model.pieces import element
 from tightfit.sharding.job import Job
 from tightfit.sharding.job import ShardJob as ShardJob
 from tightfit.sharding.job import prepare as prepare
-from tightfit.sharding.journal import States
 from tightfit.sharding.manifest import Manifest, make_manifest
+from tightfit.sharding.origin import States
 from tightfit.sharding.output import ShardOutput
-from tightfit.sharding.parts import Part, Placed
+from tightfit.sharding.parts import Checksums, Part, Placed
 from tightfit.sharding.progress import Progress as Progress
 from tightfit.sharding.progress import checksum as checksum
 from tightfit.sharding.proof.agreement import check_rank_files
@@ -27,7 +28,13 @@ from tightfit.sharding.stream.pending import Pending
 from tightfit.sharding.stream.source_files import BUFFER_BYTES, SourceFiles, write_all
 from tightfit.units import dtype_bytes
 
-Checksums = dict[tuple[str, str], str]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharded:
+    """The manifest of the ranks that are there now, and whether any was written by this call."""
+
+    manifest: Manifest
+    fresh: bool
 
 
 def shard(
@@ -37,15 +44,12 @@ def shard(
     *,
     resume: bool = False,
     executor: Executor | None = None,
-) -> Manifest:
+) -> Sharded:
     """Write the rank files, the side files and the manifest, all or nothing.
 
     Of a job with some of the ranks the directory is whole once all have come. With `resume` only
     what is missing in the directory is written, and what is there stays whatever happens.
     An `executor` gets one task per part; without one, one pass over the source writes all parts.
-
-    Returns:
-        The manifest of the ranks that are there now.
 
     Raises:
         OutputError: the directory holds something else, or cannot be written.
@@ -53,19 +57,21 @@ def shard(
         VerificationError: the source is sharded itself, and damaged.
         TaskLostError: workers of the executor died, again and again.
     """
-    beside = _side_files(job)
+    beside, states = _side_files(job), job.noted_states
     with (
-        ShardOutput(directory, job, resume=resume, beside=beside) as output,
+        ShardOutput(directory, job, progress, resume=resume, beside=beside) as output,
         SourceFiles(job.checkpoint.source) as files,
     ):
         if output.whole is not None:
-            return output.whole
+            return Sharded(manifest=output.whole, fresh=False)
         if not output.ranks:
-            return output.unite(manifest_for(job, output.proven))
+            manifest = output.unite(manifest_for(job, states, output.proven))
+            return Sharded(manifest=manifest, fresh=False)
         output.check_side_files()
         checksums = write_parts(job, output, files, progress, executor)
         output.write_side_files()
-        return output.commit(manifest_for(job, checksums))
+        manifest = output.commit(manifest_for(job, states, checksums))
+        return Sharded(manifest=manifest, fresh=True)
 
 
 def write_parts(
@@ -82,7 +88,7 @@ def write_parts(
     """
     check_free_space(output.path, output.needed_bytes())
     _allow_files(2 * len(job.parts) + len(job.checkpoint.files))
-    states = _states(job)
+    states = job.states
     for name in states:
         # Opened before anything is copied, so that every change from now on is seen.
         files.descriptor(name)
@@ -114,26 +120,20 @@ def write_parts(
     return checksums
 
 
-def manifest_for(job: ShardJob, checksums: Checksums) -> Manifest:
-    """The manifest of the ranks of a job; `checksums` are by file and tensor name."""
+def manifest_for(job: ShardJob, states: States, checksums: Checksums) -> Manifest:
+    """The manifest of the ranks of a job; `states` are its `noted_states` before it began."""
     return make_manifest(
         layout=job.layout.name,
         architecture=job.spec.architecture,
         parallel=job.parallel,
         source_name=job.source_name,
         source_fingerprint=job.source_fingerprint,
+        source_states=states,
         left_out=job.left_out,
         quantized=job.quantized,
         parts=job.parts,
         checksums=checksums,
     )
-
-
-def _states(job: Job) -> States:
-    """By what a changed source file is told from the one that an earlier run has read."""
-    names = {group.source.file for group in job.copies}
-    names |= {one.file for gather in job.gathers for one in gather.slices}
-    return {name: job.checkpoint.source.state(name) for name in sorted(names)}
 
 
 def _prove(

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from tightfit.checkpoint.disk import is_about, output_error, reserve
 from tightfit.checkpoint.source import Source
-from tightfit.checkpoint.writer import is_about, output_error, reserve
 from tightfit.errors import CheckpointError, OutputError
 from tightfit.executors import Advance, Executor
 from tightfit.sharding.job import Job
-from tightfit.sharding.journal import States
+from tightfit.sharding.origin import States
 from tightfit.sharding.output import ShardOutput
-from tightfit.sharding.parts import Part
+from tightfit.sharding.parts import Checksums, Part
 from tightfit.sharding.progress import Progress, checksum
 from tightfit.sharding.stream.by_part import PartWork, plan_parts, write_part
 from tightfit.sharding.stream.source_files import SourceFiles
-
-Checksums = dict[tuple[str, str], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

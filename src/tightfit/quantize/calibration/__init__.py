@@ -7,4 +7,5 @@ writes the checkpoint then takes those tensors instead of computing them.
 
 from tightfit.quantize.calibration.calibrate import calibrate as calibrate
 from tightfit.quantize.calibration.calibrate import is_needed as is_needed
+from tightfit.quantize.calibration.calibrate import promised_scales as promised_scales
 from tightfit.quantize.calibration.options import CalibrationOptions as CalibrationOptions

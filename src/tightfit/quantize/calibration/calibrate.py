@@ -9,8 +9,9 @@ import xxhash
 from torch import Tensor
 
 from tightfit import __version__
+from tightfit.checkpoint.header import TensorInfo
 from tightfit.errors import UsageError
-from tightfit.model.quantization.written import Wish
+from tightfit.model.quantization.written import SCHEMES, Wish
 from tightfit.quantize.calibration.layer import LayerCalibration
 from tightfit.quantize.calibration.observers import INPUT_SCALE, Observer
 from tightfit.quantize.calibration.options import CalibrationOptions
@@ -18,17 +19,14 @@ from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.calibration.state import State
 from tightfit.quantize.computed_source import FILE, Kept
 from tightfit.quantize.job import QuantizeJob
+from tightfit.quantize.recipe_file import document_of
 from tightfit.runtime.layerwise import LayerwiseModel, LoadedLayer
 from tightfit.sharding.progress import Progress
 
 _TOKENS = 2048
 """That go through a layer together."""
-_GPTQ = (
-    *("fp8-tensor", "fp8-channel", "fp8-block", "int8", "w8a16", "w4a16", "w4a16-asym"),
-    *("nvfp4", "nvfp4a16", "mxfp4", "mxfp8"),
-)
 _SCHEMES = {
-    "gptq": _GPTQ,
+    "gptq": SCHEMES,
     "awq": ("w4a16", "w4a16-asym", "nvfp4", "nvfp4a16", "mxfp4"),
     "smoothquant": ("int8", "fp8-tensor", "fp8-channel", "fp8-block"),
 }
@@ -49,7 +47,7 @@ def is_needed(wish: Wish, method: str) -> bool:
             if choice.scheme not in _SCHEMES[method]:
                 raise UsageError(
                     f"the method {method} makes no sense for the scheme {choice.scheme}: it "
-                    f"{_WHY.get(method, 'rounds weights')}",
+                    f"{_WHY[method]}",
                     hint=f"{method} is for {', '.join(_SCHEMES[method])}; gptq is for all schemes",
                 )
     static = any(choice.scheme == "nvfp4" for choice in wish.choices)
@@ -132,8 +130,28 @@ def _onward(
         yield layer(part)
     tensors |= observer.input_scales(work.groups)
     if job.wish.kv_cache:
-        module = job.spec.layers[index].attention.module
-        tensors |= observer.cache_scales(f"{job.spec.names.layers}.{index}.{module}")
+        tensors |= observer.cache_scales(_attention(job, index))
+
+
+def promised_scales(job: QuantizeJob) -> dict[str, Kept]:
+    """The scales of keys and values that calibration would add, by name; of no value."""
+    names = [
+        f"{_attention(job, index)}.{kind}_scale"
+        for index in range(job.spec.num_layers)
+        for kind in ("k", "v")
+    ]
+    return {
+        name: Kept(
+            name=name,
+            source=job.checkpoint.source,
+            info=TensorInfo(name=name, dtype="F32", shape=(1,), file=FILE, offset=0, nbytes=4),
+        )
+        for name in names
+    }
+
+
+def _attention(job: QuantizeJob, index: int) -> str:
+    return f"{job.spec.names.layers}.{index}.{job.spec.layers[index].attention.module}"
 
 
 def _check_observed(job: QuantizeJob) -> None:
@@ -150,13 +168,18 @@ def _check_observed(job: QuantizeJob) -> None:
 
 def _identity(job: QuantizeJob, tokens: Tensor) -> dict[str, Any]:
     """What the result depends on."""
-    digest = xxhash.xxh3_128(tokens.numpy().data)
+    samples, length = tokens.shape
     return {
+        "recipe": document_of(job.wish),
+        "method": job.method,
+        "calibration": {
+            "samples": samples,
+            "length": length,
+            "tokens": xxhash.xxh3_128(tokens.numpy().data).hexdigest(),
+        },
         "tightfit": __version__,
         "source": job.virtual.source.state(FILE),
-        "method": job.method,
         "quantization": job.virtual.config["quantization_config"],
-        "samples": [list(tokens.shape), digest.hexdigest()],
     }
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import xxhash
 
+from tightfit.checkpoint.disk import output_error
 from tightfit.checkpoint.source import is_remote, local_path_of
-from tightfit.checkpoint.writer import output_error
 from tightfit.demo.cache import cache_directory
 from tightfit.errors import OutputError
 

@@ -20,8 +20,8 @@ from tightfit.quantize.calibration.smoothing import (
 from tightfit.quantize.encoding import check_finite
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix
-from tightfit.runtime.files import TORCH_DTYPES
 from tightfit.runtime.layerwise import LoadedLayer
+from tightfit.runtime.loading.files import TORCH_DTYPES
 from tightfit.units import GiB
 
 FEWEST_TOKENS = 32

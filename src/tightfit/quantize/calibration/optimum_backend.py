@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tightfit.checkpoint.disk import output_error
 from tightfit.checkpoint.source import LocalSource
-from tightfit.checkpoint.writer import output_error
 from tightfit.codecs import codec
 from tightfit.errors import CheckpointError, MissingExtraError, UsageError
 from tightfit.quantize.calibration.directory import OPTIMUM, require_own
@@ -22,7 +22,7 @@ from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.computed_source import Kept
 from tightfit.quantize.job import QuantizeJob
 from tightfit.quantize.matrices import Matrix
-from tightfit.runtime.files import TORCH_DTYPES, TensorFile
+from tightfit.runtime.loading.files import TORCH_DTYPES, TensorFile
 
 _FILE = "optimum.safetensors"
 _PACKAGES = ("optimum.gptq", "transformers", "gptqmodel")

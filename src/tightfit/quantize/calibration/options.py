@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightfit.errors import UsageError
+from tightfit.quantize.recipe_file import SHORTEST_SAMPLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +29,8 @@ class CalibrationOptions:
                 "calibration needs text, and none was given",
                 hint="give a .txt or .jsonl file that is like what the model will read",
             )
-        if self.samples < 1 or self.length < 8:
+        if self.samples < 1 or self.length < SHORTEST_SAMPLE:
             raise UsageError(
                 f"{self.samples} calibration samples of {self.length} tokens",
-                hint="at least 1 sample of 8 tokens",
+                hint=f"at least 1 sample of {SHORTEST_SAMPLE} tokens",
             )

@@ -2,6 +2,7 @@
 
 import json
 import random
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -48,23 +49,39 @@ def token_windows(
 
 
 def _documents(path: Path) -> Iterator[str]:
+    text, is_cut = _text(path)
+    if path.suffix.lower() != ".jsonl":
+        yield text
+        return
+    # JSON strings may hold all that `splitlines` splits at beside this.
+    lines = text.split("\n")
+    if is_cut:
+        lines.pop()
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _text_of(line, path, number)
+
+
+def _text(path: Path) -> tuple[str, bool]:
+    """A file, and whether it is longer than what is read of it."""
     try:
         with open(path, "rb") as file:
-            text = file.read(_LARGEST_BYTES).decode("utf-8", errors="replace")
+            data = file.read(_LARGEST_BYTES + 1)
     except OSError as error:
         raise UsageError(
             f"cannot read the calibration text {path}: {error.strerror or error}",
             hint="check the path",
         ) from error
-    if path.suffix != ".jsonl":
-        yield text
-        return
-    lines = text.splitlines()
-    if len(text) >= _LARGEST_BYTES:
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _text_of(line, path, number)
+    is_cut = len(data) > _LARGEST_BYTES
+    decoder = getincrementaldecoder("utf-8-sig")()
+    try:
+        # A character that the end has cut in two is left out.
+        return decoder.decode(data[:_LARGEST_BYTES], final=not is_cut), is_cut
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the calibration text {path} is no UTF-8: {error.reason} at byte {error.start:,}",
+            hint="give a .txt or .jsonl file in UTF-8",
+        ) from None
 
 
 def _text_of(line: str, path: Path, number: int) -> str:

@@ -14,7 +14,7 @@ from tightfit.codecs import Codec
 from tightfit.model.quantization import recipe
 from tightfit.quantize.calibration.inputs import Inputs
 from tightfit.quantize.calibration.scales import least_output_error
-from tightfit.runtime.inputs import RoundedInputs
+from tightfit.runtime.quantized.inputs import RoundedInputs
 
 _STEPS = 10
 _ROWS = 512

@@ -17,12 +17,13 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tightfit.checkpoint.disk import output_error, sync_directory
 from tightfit.checkpoint.header import TensorInfo, encode_header
 from tightfit.checkpoint.source import LocalSource
-from tightfit.checkpoint.writer import output_error, sync_directory
 from tightfit.quantize.calibration.directory import LAYERS, RefusedDirectoryError, require_own
 from tightfit.quantize.computed_source import Kept
-from tightfit.runtime.files import TORCH_DTYPES, TensorFile
+from tightfit.quantize.differing import difference
+from tightfit.runtime.loading.files import TORCH_DTYPES, TensorFile
 from tightfit.sharding.progress import checksum
 
 _JOURNAL = "calibration.json"
@@ -124,12 +125,11 @@ class State:
                 return
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return
-        for key, value in self._document["identity"].items():
-            if identity.get(key) != value:
-                raise RefusedDirectoryError(
-                    f"{self._directory} is the beginning of another calibration: its {key} differs",
-                    hint="give the same model and options, or remove that directory yourself",
-                )
+        if (differs := difference(identity, self._document["identity"])) is not None:
+            raise RefusedDirectoryError(
+                f"{self._directory} is the beginning of another calibration: {differs}",
+                hint="give the same model and options, or remove that directory yourself",
+            )
         expected = [(self._layer_path(i), digest) for i, digest in enumerate(layers)]
         expected.append((self._hidden_path(len(layers)), hidden))
         if all(_is_proven(file, digest) for file, digest in expected):

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +67,7 @@ def load_in_vllm(
     """
     layout = stored_layout(manifest.layout)
     read_by = _versions(layout)
-    interpreter = _interpreter(python)
+    interpreter = find_interpreter(python)
     ranks = manifest.tensor_parallel_size * manifest.pipeline_parallel_size
     job = {
         "directory": str(directory.absolute()),
@@ -91,13 +91,13 @@ def load_in_vllm(
         )
     if answer is None:
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        answer = {"error": _last_error(tail) or f"its process ended with {how}"}
+        answer = {"error": last_error(tail) or f"its process ended with {how}"}
     _refuse(answer, manifest, interpreter, ranks)
     version = answer.get("version", "")
     if "error" in answer:
         error = answer["error"]
         if any(words in error for words in _SECOND_HAND):
-            error = _last_error(tail) or error
+            error = last_error(tail) or error
         raise VerificationError(
             f"vLLM {version} does not load {directory}: {error}".replace("vLLM  ", "vLLM "),
             hint="vLLM's own messages are above (without --quiet); `tightfit shard` again for this "
@@ -137,12 +137,17 @@ def _versions(layout: StoredLayout) -> tuple[tuple[int, int], tuple[int, int]]:
     return layout.versions
 
 
-def _interpreter(python: str | None) -> str:
+def find_interpreter(python: str | None, option: str = "--python") -> str:
+    """The interpreter that `option` names, or `TIGHTFIT_VLLM_PYTHON`, or this one if it has vLLM.
+
+    Raises:
+        UsageError: there is no such file, or no vLLM here.
+    """
     wanted = python or os.environ.get(PYTHON_VARIABLE)
     if wanted:
         found = shutil.which(wanted)
         if found is None:
-            where = "--python" if python else PYTHON_VARIABLE
+            where = option if python else PYTHON_VARIABLE
             raise UsageError(
                 f"{where} {wanted} is not an executable file",
                 hint="give the interpreter of the environment in which vLLM is installed",
@@ -153,7 +158,7 @@ def _interpreter(python: str | None) -> str:
     if spec is None or spec.origin is None:
         raise UsageError(
             "vLLM is not installed in this environment",
-            hint="say where it is: --python /path/to/its/bin/python, or " + PYTHON_VARIABLE,
+            hint=f"say where it is: {option} /path/to/its/bin/python, or {PYTHON_VARIABLE}",
         )
     return sys.executable
 
@@ -212,7 +217,8 @@ def _listen(stream: IO[str], heard: Callable[[str], None]) -> None:
             heard(line.rstrip("\n"))
 
 
-def _last_error(lines: deque[str]) -> str | None:
+def last_error(lines: Sequence[str]) -> str | None:
+    """The last exception in what vLLM printed that is not the echo of another."""
     for line in reversed(lines):
         match = _ERROR.search(line)
         if match and not any(words in line for words in _SECOND_HAND):

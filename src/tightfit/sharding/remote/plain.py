@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tightfit.checkpoint.files import CONFIG, INDEX
 from tightfit.checkpoint.remote_output import RemoteDirectory
-from tightfit.errors import OutputError
+from tightfit.sharding.admission import check_job, refuse_occupied
 from tightfit.sharding.plain import PlainJob
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.ranks import job_of, part_note
@@ -30,8 +30,8 @@ def write_to(
     an interruption leaves.
 
     Returns:
-        False if all files of such a job were there before, with what vouches for them: whether
-        they hold what they should is yet to be seen.
+        False if what vouches for such a job was there before: whether everything is there, and
+        holds what it should, is yet to be seen.
 
     Raises:
         OutputError: there is something else, or it cannot be written.
@@ -41,7 +41,7 @@ def write_to(
     place = RemoteDirectory(url)
     names = place.names()
     notes = {part_note(part.rank.rank, part.name) for part in job.parts}
-    if resume and not names & notes and names >= {job.manifest_name, *job.needed}:
+    if resume and not names & notes and job.manifest_name in names:
         return False
     if names:
         _check_there(place, names, notes, job, resume=resume)
@@ -69,22 +69,6 @@ def _check_there(
     ours = {INDEX, CONFIG, job.manifest_name, *side_files(job.checkpoint)}
     foreign = names - _parts(job) - notes - ours
     if foreign or not begun or not resume:
-        unfinished = begun and not foreign
-        raise OutputError(
-            f"the output directory {place.label} "
-            + ("holds an unfinished output" if unfinished else "is not empty"),
-            hint=(
-                "--resume continues it; or give a new directory"
-                if unfinished
-                else "give a new directory, or remove that one yourself"
-            ),
-        )
+        refuse_occupied(place.label, unfinished=begun and not foreign)
     for name in sorted(names & notes):
-        other = job_of(place.read(name))
-        for key, value in job.identity.items():
-            if other is not None and other.get(key) != value:
-                raise OutputError(
-                    f"{place.label} is the beginning of another {job.verb}: its {key} is "
-                    f"{other.get(key)!r:.80}, and not {value!r:.80}",
-                    hint="give a new directory, or the same options and source as there",
-                )
+        check_job(place.label, job_of(place.read(name)), job)

@@ -8,7 +8,7 @@ read again and hashed. So nothing that is complete is sent twice, whatever stopp
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -19,24 +19,24 @@ import xxhash
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.files import CONFIG, MANIFEST
 from tightfit.checkpoint.remote_output import BLOCK_BYTES, RemoteDirectory, encoded
-from tightfit.checkpoint.source import Source
 from tightfit.checkpoint.store import FIRST_WAIT_SECONDS, diagnose
 from tightfit.errors import CheckpointError, OutputError, TightfitError, VerificationError
 from tightfit.sharding.admission import check_job, check_one_model, check_same, check_there
 from tightfit.sharding.job import Job, ShardJob
 from tightfit.sharding.manifest import Manifest, StoredFile, manifest_of
-from tightfit.sharding.parts import Part
+from tightfit.sharding.origin import States, source_states
+from tightfit.sharding.parts import Checksums, Part
 from tightfit.sharding.progress import Progress
 from tightfit.sharding.proof.agreement import check_rank_files
+from tightfit.sharding.proof.same_source import SameSource
 from tightfit.sharding.ranks import note_rank, part_note, rank_manifest
-from tightfit.sharding.shard import Checksums, config_to_write, manifest_for
-from tightfit.sharding.side_files import side_files
+from tightfit.sharding.shard import Sharded, config_to_write, manifest_for
+from tightfit.sharding.side_files import copied_side_files
 from tightfit.sharding.stream.by_part import PartWork, plan_parts, write_parts
 from tightfit.sharding.stream.source_files import SourceFiles
 
 PARTS_AT_A_TIME = 8
 _ATTEMPTS = 3
-States = dict[str, list[int | str]]
 
 
 def shard_to(
@@ -46,21 +46,19 @@ def shard_to(
     *,
     resume: bool = False,
     notice: Callable[[str], None] = lambda _: None,
-) -> Manifest:
+) -> Sharded:
     """Write the rank files, the side files and the manifest to an fsspec URL.
 
     What is complete stays whatever happens, and `resume` goes on with it. `notice` is told what
     an interruption leaves.
-
-    Returns:
-        The manifest of the ranks that are there now.
 
     Raises:
         OutputError: there is something else, or it cannot be written.
         CheckpointError: a source file is truncated, or changed meanwhile.
         VerificationError: the source is sharded itself, and damaged.
     """
-    place = RemoteDirectory(url)
+    place, states = RemoteDirectory(url), job.noted_states
+    same = SameSource(job, progress, place.source)
     names = place.names()
     if names:
         check_there(
@@ -74,13 +72,17 @@ def shard_to(
     if MANIFEST in names:
         manifest = manifest_of(_document(place, MANIFEST, 0), f"{place.label}/{MANIFEST}")
         check_same(place.label, manifest, job, lambda name: place.source.size(name))
-        return manifest
+        same.require({rank: manifest.only(rank) for rank in job.ranks})
+        return Sharded(manifest=manifest, fresh=False)
+    # All of the others only when all ranks have come: here it is to refuse another model early.
+    same.require(_other_ranks(job, place, names), sample=True)
     place.prepare()
     upload = Upload(job=job, place=place)
     upload.run(names, progress, notice)
     copy_side_files(job.checkpoint, place)
     place.write(CONFIG, [config_to_write(job)])
-    return _vouch(job, place, upload.checksums)
+    manifest = manifest_for(job, states, upload.checksums)
+    return Sharded(manifest=_vouch(job, place, manifest, same), fresh=upload.fresh)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +93,8 @@ class Upload:
     place: RemoteDirectory
     checksums: Checksums = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
+    fresh: bool = False
+    """Something was sent, and not all of it there already."""
 
     def run(self, names: Iterable[str], progress: Progress, notice: Callable[[str], None]) -> None:
         """Send all parts but what is proven to be there; `names` are of files that are there.
@@ -114,6 +118,7 @@ class Upload:
             states = source_states(source, files)
             self._prove(set(names), states, progress)
             todo = [work for work in works if work.part.name not in self.done]
+            self.fresh = bool(todo)
             # What vouched for files that change does so no more.
             ranks = {rank_manifest(work.part.rank.rank) for work in todo}
             self.place.remove(sorted(ranks & set(names)))
@@ -225,13 +230,6 @@ class Upload:
         return digest.hexdigest()
 
 
-def source_states(source: Source, files: Iterable[str]) -> States:
-    """By what changed source files are told from those that were read before."""
-    names = list(files)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return dict(zip(names, pool.map(source.state, names), strict=True))
-
-
 class _Told:
     """Progress that can be taken back."""
 
@@ -261,52 +259,58 @@ def _groups(works: list[PartWork]) -> Iterator[list[PartWork]]:
 
 def copy_side_files(checkpoint: Checkpoint, place: RemoteDirectory) -> None:
     """Copy what belongs to a model beside its weights and its config."""
-    source = checkpoint.source
-    for name in side_files(checkpoint):
-        size = source.size(name)
-        with place.errors(name), place.open(name, size) as sink:
-            for at in range(0, size, BLOCK_BYTES):
-                sink.write(memoryview(source.read(name, at, min(at + BLOCK_BYTES, size))))
+    for one in copied_side_files(checkpoint):
+        with place.errors(one.name), place.open(one.name, one.nbytes) as sink:
+            for block in one.blocks():
+                sink.write(memoryview(block))
 
 
-def _vouch(
-    job: ShardJob, place: RemoteDirectory, checksums: dict[tuple[str, str], str]
-) -> Manifest:
+def _vouch(job: ShardJob, place: RemoteDirectory, manifest: Manifest, same: SameSource) -> Manifest:
     """Write what vouches for the ranks of this job, and for all of them if all are there."""
-    manifest = manifest_for(job, checksums)
-    if len(job.ranks) < job.parallel.world_size:
-        there = sorted({r for r in map(note_rank, place.names()) if r is not None})
-        others = [rank for rank in there if rank not in job.ranks]
-        check_one_model(place.label, [*_of_ranks(job, place, others), *manifest.files])
+    world_size = job.parallel.world_size
+    if len(job.ranks) < world_size:
+        others = _other_ranks(job, place, place.names())
+        check_one_model(place.label, _files(manifest, *others.values()))
+        if len(job.ranks) + len(others) == world_size:
+            same.require(others)
         for rank in job.ranks:
             lines = encoded({"job": dict(job.identity)}, manifest.only(rank).to_json())
             place.write(rank_manifest(rank), [lines])
         # Again, as others may have come meanwhile.
-        names = place.names()
-        there = [r for r in range(job.parallel.world_size) if rank_manifest(r) in names]
-        found = _of_ranks(job, place, there)
-        check_one_model(place.label, found)
-        manifest = manifest.with_files(tuple(found))
+        others = _other_ranks(job, place, place.names())
+        files = _files(manifest, *others.values())
+        check_one_model(place.label, files)
+        if len(job.ranks) + len(others) == world_size:
+            same.require(others)
+        manifest = manifest.with_files(tuple(sorted(files, key=lambda file: file.rank)))
+        manifest = manifest.with_states(one.source_states for one in others.values())
     if not manifest.missing_ranks:
         place.write(MANIFEST, [encoded(manifest.to_json())])
         place.remove(name for name in place.names() if note_rank(name) is not None)
     return manifest
 
 
-def _of_ranks(job: ShardJob, place: RemoteDirectory, ranks: Iterable[int]) -> list[StoredFile]:
-    """The files of ranks that are vouched for, and there in full.
+def _files(*manifests: Manifest) -> list[StoredFile]:
+    return [file for one in manifests for file in one.files]
+
+
+def _other_ranks(
+    job: ShardJob, place: RemoteDirectory, names: Collection[str]
+) -> dict[int, Manifest]:
+    """Manifests of the ranks of other calls that are vouched for, and there in full.
 
     Raises:
         OutputError: a rank is of another job.
     """
-    found: list[StoredFile] = []
-    for rank in ranks:
+    found: dict[int, Manifest] = {}
+    for rank in sorted({r for r in map(note_rank, names) if r is not None} - {*job.ranks}):
         name = rank_manifest(rank)
         with suppress(CheckpointError, VerificationError):
             check_job(place.label, _document(place, name, 0).get("job"), job)
-            files = manifest_of(_document(place, name, 1), f"{place.label}/{name}").files
-            if all(f.rank == rank and place.source.size(f.name) == f.nbytes for f in files):
-                found += files
+            manifest = manifest_of(_document(place, name, 1), f"{place.label}/{name}")
+            sizes = [place.source.size(file.name) == file.nbytes for file in manifest.files]
+            if all(sizes) and {file.rank for file in manifest.files} == {rank}:
+                found[rank] = manifest
     return found
 
 
