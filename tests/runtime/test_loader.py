@@ -13,9 +13,9 @@ from tightfit.model.layout import Parallel, Rank, RankTensor
 from tightfit.model.parameters import parameters
 from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.runtime.dist import World
-from tightfit.runtime.loader import load_checkpoint, load_dummy, load_rank_files
+from tightfit.runtime.loading.loader import load_checkpoint, load_dummy, load_rank_files
 from tightfit.runtime.options import SamplingParams
+from tightfit.runtime.ranks.world import World
 from tightfit.runtime.session import run_rank
 
 TinyModel = Callable[[str], Path]

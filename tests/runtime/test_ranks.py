@@ -8,23 +8,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import DistBackendError
 
-from runtime.ranks import PROMPTS, all_logits, greedy, open_session
+from runtime.ranks import PROMPTS, all_logits, greedy, open_session, sampled
 from support.tiny_models import NAMES
-from tightfit.errors import ExitCode, RankFailedError
-from tightfit.runtime.launch import launch_ranks
+from tightfit.errors import DeviceError, ExitCode, RankFailedError, UsageError
+from tightfit.runtime.ranks import world as dist
+from tightfit.runtime.ranks.heartbeat import Neighbours, introduction
+from tightfit.runtime.ranks.launch import launch_ranks
+from tightfit.runtime.ranks.world import World
 
 TinyModel = Callable[[str], Path]
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
 
 
-def on_ranks(size: int, models: list[Path], out: Path) -> Path:
-    command = [sys.executable, "-m", "runtime.ranks", str(out), *map(str, models)]
+def on_ranks(
+    size: int, models: list[Path], out: Path, *, stages: int = 1, only_logits: bool = False
+) -> Path:
+    flags = [f"--stages={stages}", *(["--logits"] if only_logits else [])]
+    command = [sys.executable, "-m", "runtime.ranks", *flags, str(out), *map(str, models)]
     assert launch_ranks(command, size, environment=ENVIRONMENT) == 0
     return out
 
@@ -38,12 +46,15 @@ def two_ranks(
     return on_ranks(2, models, tmp_path_factory.mktemp("two"))
 
 
-def check(results: Path, path: Path) -> None:
-    logits = load_file(results / f"{path.name}.safetensors")["logits"]
+def check(results: Path, path: Path, name: str | None = None) -> None:
+    """The results of a directory of that name, if it has another one, are those of a model."""
+    found = results / (name or path.name)
+    logits = load_file(f"{found}.safetensors")["logits"]
     alone = all_logits(open_session(path), PROMPTS[0])
     assert alone is not None
     torch.testing.assert_close(logits, alone, atol=1e-3, rtol=1e-4)
-    assert json.loads((results / f"{path.name}.json").read_text()) == greedy(path)
+    assert json.loads(Path(f"{found}.json").read_text()) == greedy(path)
+    assert json.loads(Path(f"{found}-sampled.json").read_text()) == sampled(path)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,6 +66,10 @@ def test_nine_heads_on_two_ranks(uneven_model: Path, two_ranks: Path) -> None:
     check(two_ranks, uneven_model)
 
 
+def test_nine_heads_on_three_ranks(uneven_model: Path, tmp_path: Path) -> None:
+    check(on_ranks(3, [uneven_model], tmp_path), uneven_model)
+
+
 def test_more_ranks_than_kv_heads(tiny_model: TinyModel, tmp_path: Path) -> None:
     models = [tiny_model("olmo2"), tiny_model("llama")]
     results = on_ranks(4, models, tmp_path)
@@ -64,7 +79,9 @@ def test_more_ranks_than_kv_heads(tiny_model: TinyModel, tmp_path: Path) -> None
 
 def test_the_exit_code_of_a_rank_is_that_of_the_job() -> None:
     program = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert launch_ranks([sys.executable, "-c", program], 2) == ExitCode.UNSUPPORTED
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_crash_is_told_with_its_rank() -> None:
@@ -76,7 +93,7 @@ def test_a_crash_is_told_with_its_rank() -> None:
 JOB = """
 import sys
 from tightfit.errors import RankFailedError
-from tightfit.runtime.launch import launch_ranks
+from tightfit.runtime.ranks.launch import launch_ranks
 try:
     sys.exit(launch_ranks([sys.executable, "-c", sys.argv[1]], 2))
 except RankFailedError as error:
@@ -91,7 +108,7 @@ path.with_suffix(".tmp").rename(path)
 """
 TALKING = f"""
 import torch
-from tightfit.runtime.dist import World
+from tightfit.runtime.ranks.world import World
 world = World.from_environment()
 {READY}
 while True:
@@ -99,7 +116,7 @@ while True:
 """
 WAITING = f"""
 import time
-from tightfit.runtime.launch import follow_launcher
+from tightfit.runtime.ranks.launch import follow_launcher
 follow_launcher()
 {READY}
 time.sleep(600)
@@ -161,6 +178,109 @@ def test_a_killed_rank_ends_the_job(start_job: Callable[[str], Job]) -> None:
     assert all_gone(ranks, 5)
 
 
+@pytest.mark.parametrize("program", [TALKING, WAITING], ids=["talking", "waiting"])
+def test_a_rank_that_hangs_ends_the_job(
+    start_job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch, program: str
+) -> None:
+    monkeypatch.setenv("TIGHTFIT_RANK_TIMEOUT", "3")
+    process, ranks = start_job(program)
+    os.kill(ranks[1], signal.SIGSTOP)
+    out, _ = process.communicate(timeout=15)
+    assert out.strip() == "rank 1 hung: no sign of life for 3 seconds"
+    assert process.returncode == ExitCode.FINDING
+    assert all_gone(ranks, 5)
+
+
+def test_a_launcher_that_was_stopped_itself_kills_nobody(
+    start_job: Callable[[str], Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIGHTFIT_RANK_TIMEOUT", "2")
+    process, ranks = start_job(WAITING)
+    pids = [*ranks, process.pid]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(4)
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1)
+    assert all(map(alive, pids))
+
+
+SILENT = """
+import sys, time
+from tightfit.errors import RankFailedError
+from tightfit.runtime.ranks import world as dist
+dist._IDLE_SECONDS = 1.0
+world = dist.World.from_environment()
+world.loaded()
+if world.rank == 1:
+    time.sleep(600)
+try:
+    world.gather_bytes(b"")
+except RankFailedError as error:
+    print(error.message, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def test_ranks_wait_for_a_step_no_longer_than_they_are_told(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIGHTFIT_STEP_TIMEOUT", "1")
+    with pytest.raises(RankFailedError, match="rank 0 failed"):
+        launch_ranks([sys.executable, "-c", SILENT], 2)
+    assert "rank 0 lost the connection to another rank" in capfd.readouterr().out
+
+
+class Unfinished:
+    """An event that a GPU never comes to."""
+
+    def query(self) -> bool:
+        return False
+
+
+def test_a_gpu_that_does_not_finish_a_step_ends_it() -> None:
+    world = World(size=2)
+    world._step_seconds = 0.05
+    with pytest.raises(RankFailedError, match=r"did not finish the step in 0\.05 seconds"):
+        world.wait(cast(torch.cuda.Event, Unfinished()))
+
+
+def test_a_rank_that_died_is_named_before_the_step_has_had_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dist, "_LOOK_SECONDS", 0.01)
+    where, _ = json.loads(introduction())
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        told = [
+            introduction(),
+            json.dumps([where, other.pid]).encode(),
+            json.dumps(["another machine", 2**30]).encode(),
+        ]
+        neighbours = Neighbours(told, rank=0)
+        neighbours.require_alive()
+        other.kill()
+    world = World(size=3)
+    world._neighbours = neighbours
+    with pytest.raises(RankFailedError, match="rank 1 died"):
+        world.wait(cast(torch.cuda.Event, Unfinished()))
+
+
+def test_what_nccl_says_last_is_told() -> None:
+    message = "NCCL error in: a.cpp:9\nLast error:\nNo space left: /dev/shm/nccl"
+    with (
+        pytest.raises(DeviceError, match="NCCL failed on rank 2: No space left: /dev/shm/nccl"),
+        World(rank=2, size=3)._watched(),
+    ):
+        raise DistBackendError(message)
+
+
+def test_a_time_limit_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIGHTFIT_RANK_TIMEOUT", "soon")
+    with pytest.raises(UsageError, match="TIGHTFIT_RANK_TIMEOUT is 'soon'"):
+        launch_ranks([sys.executable, "-c", "pass"], 2)
+
+
 def test_a_killed_launcher_leaves_no_rank(start_job: Callable[[str], Job]) -> None:
     process, ranks = start_job(WAITING)
     process.kill()
@@ -179,8 +299,8 @@ def test_an_interrupt_stops_all_ranks(start_job: Callable[[str], Job]) -> None:
 FAILING = """
 import sys
 from tightfit.errors import CheckpointError, TightfitError
-from tightfit.runtime.dist import World
-from tightfit.runtime.session import together
+from tightfit.runtime.ranks.world import World
+from tightfit.runtime.agreement import together
 world = World.from_environment()
 try:
     with together(world):
@@ -191,6 +311,28 @@ except TightfitError as error:
     world.close()
     sys.exit(error.exit_code)
 """
+
+
+AGREEING = """
+from dataclasses import replace
+from tightfit.errors import UsageError
+from tightfit.runtime.agreement import agreed
+from tightfit.runtime.ranks.world import World
+from runtime.ranks import options
+world = World.from_environment()
+mine = options(num_blocks=9 - world.rank)
+assert agreed(mine, world).num_blocks == 8
+try:
+    agreed(replace(mine, max_num_seqs=3 + world.rank), world)
+except UsageError as error:
+    print(error.message, flush=True)
+world.close()
+"""
+
+
+def test_ranks_agree_on_what_each_of_them_planned(capfd: pytest.CaptureFixture[str]) -> None:
+    assert launch_ranks([sys.executable, "-c", AGREEING], 2, environment=ENVIRONMENT) == 0
+    assert "max_num_seqs is 3 on rank 0, and 4 on rank 1" in capfd.readouterr().out
 
 
 def test_all_ranks_learn_why_one_failed(capfd: pytest.CaptureFixture[str]) -> None:

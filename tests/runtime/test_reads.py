@@ -1,8 +1,12 @@
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +16,9 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel
 from tightfit.model.parameters import parameters
-from tightfit.runtime import reads
-from tightfit.runtime.files import TensorFile
-from tightfit.runtime.loader import load_checkpoint
+from tightfit.runtime.loading import reads, uploads
+from tightfit.runtime.loading.files import TensorFile
+from tightfit.runtime.loading.loader import load_checkpoint
 from tightfit.units import MiB
 
 TinyModel = Callable[[str], Path]
@@ -83,9 +87,9 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from tightfit.runtime import reads
-from tightfit.runtime.files import TensorFile
-from tightfit.runtime.memory import CpuLedger
+from tightfit.runtime.loading import reads
+from tightfit.runtime.loading.files import TensorFile
+from tightfit.runtime.memory.ledger import CpuLedger
 ledger = CpuLedger()
 with ledger.phase("the first use of torch"):
     torch.zeros(2**20).add_(1)
@@ -125,3 +129,21 @@ def test_a_gpu_gets_the_same(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPa
             one = load_checkpoint(checkpoint, tensors, dtype=dtype, device=CPU)
             two = load_checkpoint(checkpoint, tensors, dtype=dtype, device=torch.device("cuda"))
             assert all(torch.equal(one[name], two[name].cpu()) for name in one)
+
+
+def test_an_interrupt_ends_uploads_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that read are waited for, so they must be told."""
+    done: list[int] = []
+
+    def work(turns: Iterable[int], *_: Any) -> None:
+        for number in turns:
+            time.sleep(0.01)
+            done.append(number)
+            if len(done) == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(uploads, "_work", work)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        uploads.upload(range(10_000), torch.device("cuda"), 1)  # type: ignore[arg-type]
+    assert len(done) < 1000

@@ -13,8 +13,8 @@ from support.smollm2 import smollm2_or_skip
 from support.work import write_shards
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.model.families import model_spec
-from tightfit.runtime.dist import World
 from tightfit.runtime.options import EngineOptions, SamplingParams
+from tightfit.runtime.ranks.world import World
 from tightfit.runtime.session import run_rank
 
 pytestmark = pytest.mark.slow

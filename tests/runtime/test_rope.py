@@ -5,7 +5,7 @@ import torch
 
 from tightfit.model.config import Config
 from tightfit.model.families import decoder
-from tightfit.runtime.rope import inverse_frequencies, rope_table, rotate_
+from tightfit.runtime.rope import Rotation, inverse_frequencies, rope_table, rotate_
 
 SCALINGS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -66,8 +66,18 @@ def test_rotation_is_by_position_and_leaves_the_other_features() -> None:
     table = rope_table(rope, 16, torch.float32, CPU)
     x = torch.randn(16, 3, 8)
     rotated = x.clone()
-    rotate_(rotated, table)
+    rotate_(rotated, Rotation(rows=table))
     angles = torch.arange(16)[:, None] * 10_000.0 ** (-torch.arange(2) / 2)
     pairs = torch.complex(x[..., :2], x[..., 2:4]) * torch.polar(torch.ones(16, 2), angles)[:, None]
     torch.testing.assert_close(rotated[..., :4], torch.cat([pairs.real, pairs.imag], dim=-1))
     assert torch.equal(rotated[..., 4:], x[..., 4:])
+
+
+def test_neighbours_are_pairs_if_interleaved() -> None:
+    rope = decoder.rope(Config({"partial_rotary_factor": 0.5}), 8)
+    rows = rope_table(rope, 16, torch.float32, CPU)
+    x = torch.randn(16, 3, 8)
+    halves = x[..., [0, 2, 1, 3, 4, 5, 6, 7]]
+    rotate_(x, Rotation(rows=rows, interleaved=True))
+    rotate_(halves, Rotation(rows=rows))
+    assert torch.equal(x[..., [0, 2, 1, 3, 4, 5, 6, 7]], halves)

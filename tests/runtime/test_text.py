@@ -119,6 +119,16 @@ def test_a_cut_character_shows_at_the_end_only(model: Path) -> None:
     assert stream.finish() == "\ufffd"
 
 
+def test_text_full_of_replacement_characters_does_not_wait_for_its_end(model: Path) -> None:
+    # Each token would cost as much as all before it, and a client can ask a model for such text.
+    text = Text(open_checkpoint(str(model)))
+    said = "\ufffd" * 100 + "ä"
+    stream = text.detokenizer()
+    pieces = [stream.add(token) for token in text.tokenizer.encode(said).ids[1:]]
+    assert "".join(pieces) + stream.finish() == said
+    assert sum(map(bool, pieces)) > 5
+
+
 def test_stop_tokens(model: Path) -> None:
     assert text_of(model).stop_ids == {2}  # of the tiny model's config.json
     (model / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')

@@ -14,19 +14,21 @@ from torch.nn import functional as F
 
 from tightfit.checkpoint.checkpoint import Checkpoint
 from tightfit.checkpoint.describe import describe, require_weights
-from tightfit.errors import CheckpointError
+from tightfit.errors import CheckpointError, UnsupportedModelError
+from tightfit.model.blocks.attention import Rope
 from tightfit.model.layout import Rank, RankTensor, Weight
 from tightfit.model.parameters import plain_parameters
 from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import ropes
-from tightfit.runtime.attention import attend_alone
-from tightfit.runtime.dist import World
+from tightfit.runtime.attention.base import AttentionLayer, attention_layer
+from tightfit.runtime.attention.sdpa import attend_alone
 from tightfit.runtime.layers import Matrix, RMSNorm, Weights
-from tightfit.runtime.loader import NO_DTYPES, load_checkpoint
-from tightfit.runtime.models.decoder import DecoderLayer, RopeTables
-from tightfit.runtime.parameters import rank_parameters, require_executable
+from tightfit.runtime.loading.loader import NO_DTYPES, load_checkpoint
+from tightfit.runtime.loading.parameters import rank_parameters, require_executable
+from tightfit.runtime.models.decoder import DecoderLayer, Residual, decoder_layer
 from tightfit.runtime.quantized import rank_weights
-from tightfit.runtime.rope import rope_table
+from tightfit.runtime.ranks.world import World
+from tightfit.runtime.rope import Rotation, rope_table
 
 OnInput = Callable[[tuple[str, ...], Tensor], Tensor | None]
 """Gets the modules that share an input, such as q_proj, k_proj and v_proj, and that input [tokens,
@@ -55,6 +57,7 @@ class LoadedLayer:
     parameters: dict[str, Tensor]
     linears: dict[str, Tensor]
     _layer: DecoderLayer
+    _attention: AttentionLayer
     _model: "LayerwiseModel"
     _watched: "list[_Watched]"
     _on_cache: "OnCache | None" = None
@@ -73,25 +76,40 @@ class LoadedLayer:
         """The residual stream after the layer, a new tensor: [samples, tokens, hidden]."""
         samples, tokens, _ = hidden.shape
         out = hidden.flatten(0, 1).clone()
-        tables = self._model.rope_rows(samples, tokens)
-        attention = self._model.spec.layers[self._layer.index].attention
+        rotations = self._model.rotations(samples, tokens)
+        stream = Residual(out)
+        attend = _Whole(self._attention, samples, self._on_cache)
+        self._layer(stream, rotations, attend)
+        return stream.hidden.view(hidden.shape)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self._on_cache is not None:
-                self._on_cache(k, v)
-            result = torch.empty(q.shape, dtype=q.dtype)
-            grouped, queries, keys, values = (
-                x.unflatten(0, (samples, tokens)).unflatten(2, (k.shape[1], -1))
-                for x in (result, q, k, v)
-            )
-            for i in range(samples):
-                attend_alone(
-                    grouped[i], queries[i], keys[i, ..., 0, :], values[i, ..., 0, :], attention
-                )
-            return result.flatten(1)
 
-        self._layer(out, tables, attend)
-        return out.view(hidden.shape)
+class _Whole:
+    """Attention of sequences of equal length that are computed whole: `Attend` without a cache."""
+
+    def __init__(self, attention: AttentionLayer, samples: int, on_cache: "OnCache | None") -> None:
+        self._attention = attention
+        self._samples = samples
+        self._on_cache = on_cache
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._on_cache is not None:
+            self._on_cache(k, v)
+        return self._attend(q, k, v).flatten(1)
+
+    def latent(self, layer: int, q: Tensor, latent: Tensor) -> Tensor:
+        keys = latent[:, None]
+        values = keys[..., : self._attention.value_dim]
+        if self._on_cache is not None:
+            self._on_cache(keys, values)
+        return self._attend(q, keys, values)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(len(q), self._attention.heads, self._attention.value_dim)
+        by_sample = [x.unflatten(0, (self._samples, -1)) for x in (out, q, k, v)]
+        for result, queries, keys, values in zip(*by_sample, strict=True):
+            grouped, queries = (x.unflatten(1, (keys.shape[1], -1)) for x in (result, queries))
+            attend_alone(grouped, queries, keys, values, self._attention)
+        return out
 
 
 class LayerwiseModel:
@@ -112,8 +130,18 @@ class LayerwiseModel:
         self.dtype = dtype
         self.spec = describe(checkpoint).spec
         require_executable(self.spec)
+        if self.spec.is_recurrent:
+            raise UnsupportedModelError(
+                f"{self.spec.architecture} cannot be run layer by layer: it has recurrent layers",
+                hint="use a scheme that needs no calibration",
+            )
+        if not self.spec.is_plain:
+            raise UnsupportedModelError(
+                f"the built-in runtime cannot execute {self.spec.architecture} layer by layer",
+                hint="it can for plain decoders, such as Llama, Qwen3 or Mixtral",
+            )
         self._weights = plain_parameters(self.spec)
-        self._rope_rows: tuple[tuple[int, int], RopeTables] | None = None
+        self._rotations: tuple[tuple[int, int], Mapping[Rope, Rotation]] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -165,18 +193,19 @@ class LayerwiseModel:
                 parameters |= views
                 if weight.linear:
                     linears |= {n.removesuffix(".weight"): view for n, view in views.items()}
-        layer = DecoderLayer(
-            self.spec,
-            self.spec.layers[index],
-            Weights(tensors=weights.tensors, matrices=watched),
-            index,
-            _RANK,
-            World(),
+        layer = decoder_layer(
+            self.spec, Weights(tensors=weights.tensors, matrices=watched), index, _RANK, World()
         )
         return LoadedLayer(
             parameters=parameters,
             linears=linears,
             _layer=layer,
+            _attention=attention_layer(
+                self.spec.layers[index].mixers[0],
+                _RANK,
+                weights.tensors,
+                f"{self.spec.names.layers}.{index}",
+            ),
             _model=self,
             _watched=[one for matrices in watched.values() for one in matrices],
         )
@@ -208,15 +237,18 @@ class LayerwiseModel:
             chosen[here] = logits[here].gather(-1, (targets[here] - first)[:, None])[:, 0]
         return chosen - total
 
-    def rope_rows(self, samples: int, tokens: int) -> RopeTables:
-        """The rows of every rope table for sequences end to end, made once for a shape."""
-        if self._rope_rows is None or self._rope_rows[0] != (samples, tokens):
-            rows = {
-                rope: rope_table(rope, tokens, self.dtype, _CPU).repeat(samples, 1)
+    def rotations(self, samples: int, tokens: int) -> Mapping[Rope, Rotation]:
+        """Of sequences end to end, for every kind of rope; made once for a shape."""
+        if self._rotations is None or self._rotations[0] != (samples, tokens):
+            found = {
+                rope: Rotation(
+                    rows=rope_table(rope, tokens, self.dtype, _CPU).repeat(samples, 1),
+                    interleaved=rope.interleaved,
+                )
                 for rope in ropes(self.spec.layers)
             }
-            self._rope_rows = (samples, tokens), rows
-        return self._rope_rows[1]
+            self._rotations = (samples, tokens), found
+        return self._rotations[1]
 
     def _logits(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Scores of some tokens of the vocabulary, and the first of them."""
@@ -292,6 +324,10 @@ class _Watched:
             replaced = self.on_input(self.modules, x)
             x = x if replaced is None else replaced
         return self.matrix(x, bias)
+
+    def exact(self) -> Matrix:
+        """The matrix itself: what is decoded of it is no input to show."""
+        return self.matrix.exact()
 
 
 def _modules(weight: Weight, expert: int) -> Iterator[str]:

@@ -18,8 +18,19 @@ class EngineOptions:
     max_num_batched_tokens: int
     num_blocks: int
     block_size: int = 16
+    kv_cache_dtype: str | None = None
+    """What keys and values are stored in, in the same spelling; None is what is computed in."""
+    enable_prefix_caching: bool = True
+    """Whether sequences that begin alike share blocks."""
+    cudagraph_capture_sizes: tuple[int, ...] = ()
+    """Numbers of decoding sequences for which a GPU's work is recorded; none to run eagerly."""
+    attention_backend: str = "auto"
+    """Which kernels attend on a GPU; `auto` takes the fastest that are installed and right."""
+    model_impl: str = "builtin"
+    """Whose code executes the model: `builtin` or `transformers`."""
+    cpu_offload_bytes: int = 0
+    """Bytes of weights of the last layers that stay on the host; of transformers' code only."""
     seed: int = 0
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):

@@ -7,15 +7,21 @@ positions use the long factors (or the stretched base), within it none does.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tightfit.model.blocks.attention import Rope
+from tightfit.runtime.loading.files import TORCH_DTYPES
 
 
 def rope_table(rope: Rope, max_model_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cosines, then sines, of every position: [max_model_len, rotary_dim]."""
+    """Cosines, then sines, of every position: [max_model_len, rotary_dim].
+
+    They are of `dtype`, unless the rope has one of its own.
+    """
+    dtype = dtype if rope.dtype is None else TORCH_DTYPES[rope.dtype]
     frequencies, factor = inverse_frequencies(rope, max_model_len)
     angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
     table = torch.empty(max_model_len, rope.rotary_dim, dtype=dtype, device=device)
@@ -25,16 +31,69 @@ def rope_table(rope: Rope, max_model_len: int, dtype: torch.dtype, device: torch
     return table
 
 
-def rotate_(x: Tensor, rows: Tensor) -> None:
-    """Rotate the first features of every head in place; the halves of a head are the pairs.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """How the heads of a step's tokens are rotated.
+
+    `rows` are a table's rows of the tokens' positions, [tokens, rotary_dim]. Where `positions`,
+    int64 [tokens], are given, they are the whole table, of which a kernel looks up the rows.
+    """
+
+    rows: Tensor
+    positions: Tensor | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadNorms:
+    """How the heads of queries and keys are normalized before they are rotated.
+
+    The weights are [head_dim], one for all heads, or [heads, head_dim]. Each head is normalized by
+    itself, or with `squares`, float32 [2, tokens], all heads of a token together: these are the
+    sums of squares of `features` features, of queries and of keys.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+    eps: float
+    unit_offset: bool = False
+    squares: Tensor | None = None
+    features: tuple[int, int] = (1, 1)
+
+
+def rotation(rope: Rope, table: Tensor, positions: Tensor) -> Rotation:
+    """That of tokens at `positions`; on a CPU the table's rows are gathered once for all layers."""
+    if table.is_cuda:
+        return Rotation(rows=table, positions=positions, interleaved=rope.interleaved)
+    return Rotation(rows=table[positions], interleaved=rope.interleaved)
+
+
+def rotate_(
+    x: Tensor, rotation: Rotation | None, *, q_heads: int = 0, norms: HeadNorms | None = None
+) -> None:
+    """Rotate the first features of every head in place, if there is a rotation.
 
     Args:
         x: [tokens, heads, head_dim], any strides.
-        rows: the table's rows of the tokens' positions, [tokens, rotary_dim].
+        rotation: of the tokens.
+        q_heads: how many of the heads are those of queries, if there are norms.
+        norms: on a GPU, norms of the heads of queries and keys, which the same kernel applies.
     """
+    if x.is_cuda:
+        from tightfit.runtime.kernels import rotary
+
+        rotary.rotate_(x, rotation, q_heads=q_heads, norms=norms)
+        return
+    assert norms is None
+    if rotation is None:
+        return
+    rows = rotation.rows
     half = rows.shape[-1] // 2
     cos, sin = rows[:, None, :half], rows[:, None, half:]
-    first, second = x[..., :half], x[..., half : 2 * half]
+    if rotation.interleaved:
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    else:
+        first, second = x[..., :half], x[..., half : 2 * half]
     rotated = torch.addcmul(first * cos, second, sin, value=-1)
     second.mul_(cos).addcmul_(first, sin)
     first.copy_(rotated)
@@ -53,7 +112,7 @@ def inverse_frequencies(rope: Rope, max_model_len: int) -> tuple[Tensor, float]:
             return _dynamic(rope, max_model_len), 1.0
         case "llama3":
             return _llama3(rope, plain), 1.0
-        case "yarn":
+        case "yarn" | "deepseek_yarn" | "deepseek_llama_scaling":
             return _yarn(rope, plain)
         case "longrope":
             return _longrope(rope, max_model_len)

@@ -6,6 +6,12 @@ running sequences, in order of arrival, then to waiting ones. A sequence that ca
 tokens samples the next one. When the blocks run out, the last arrived sequence gives up its blocks
 and starts again later; what it has generated stays.
 
+Steps are scheduled ahead of their results: a token counts as soon as the step that samples it is
+scheduled, even while nobody but the device knows it. That it ends its sequence is noticed late, and
+what was scheduled for the sequence meanwhile is dropped. Its blocks and its row go to others at
+once, also those that a step in flight still writes to: the device executes steps in order, so
+whatever a later step puts there comes after.
+
 All ranks run this on the same requests and see the same sampled tokens, so all schedules agree and
 no rank tells another what to do.
 """
@@ -13,48 +19,58 @@ no rank tells another what to do.
 from collections import deque
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from tightfit.errors import UsageError
-from tightfit.runtime.blocks import BlockPool
+from tightfit.runtime.blocks import BlockPool, extend_keys
 from tightfit.runtime.options import EngineOptions, SamplingParams
 from tightfit.units import cdiv
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """A request and how far it has come; `tokens` are the prompt and what was generated."""
+    """A request and how far it has come.
+
+    `tokens` are the prompt and what is known of the answer; of the `num_tokens` that it has, the
+    last may have been sampled by steps whose results were not collected yet.
+    """
 
     request_id: int
     tokens: list[int]
     num_prompt_tokens: int
+    num_tokens: int
+    max_num_tokens: int
     params: SamplingParams
-    max_tokens: int
     stop_ids: frozenset[int] = frozenset()
+    salt: bytes = b""
     num_computed: int = 0
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache once all scheduled steps are through."""
+    row: int = -1
+    """Its own among the running sequences; -1 while it waits."""
     blocks: list[int] = field(default_factory=list)
+    """Never emptied, but replaced by another list, so that a changed table can be told by `is`."""
+    keys: list[bytes] = field(default_factory=list)
+    """Those of its first full blocks, as far as they were needed."""
+    num_published: int = 0
+    """Blocks that others can find, from the first on."""
+    finished: bool = False
 
-    @property
-    def generated(self) -> list[int]:
-        """The tokens after the prompt."""
-        return self.tokens[self.num_prompt_tokens :]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Chunk:
-    """Tokens `start : start + count` of a sequence, to be computed in one step."""
+    """Tokens `start : start + count` of a sequence, to be computed in one step.
 
+    `samples` says that the chunk reaches the end of the sequence, so that a token follows.
+    """
+
+    # There are hundreds in a step, and a frozen dataclass takes four times as long to create.
     sequence: Sequence
     start: int
     count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk reaches the end of the sequence, so that a token follows."""
-        return self.start + self.count == len(self.sequence.tokens)
+    samples: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Output:
     """One new token of a request."""
 
@@ -65,14 +81,23 @@ class Output:
 
 
 class Scheduler:
-    """Waiting and running sequences, and the pool that their blocks come from."""
+    """Waiting and running sequences, and the pool that their blocks come from.
+
+    `prefix_cache_queries` are the tokens that were looked for when sequences began to run, and
+    `prefix_cache_hits` those that were found and not computed (vLLM's counters of these names).
+    """
 
     def __init__(self, options: EngineOptions, pool: BlockPool) -> None:
         self.options = options
         self.pool = pool
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[int, Sequence] = {}
+        """By row, in order of arrival."""
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self._unfinished: dict[int, Sequence] = {}
+        self._free_rows = list(reversed(range(options.max_num_seqs)))
 
     def add(
         self,
@@ -80,12 +105,14 @@ class Scheduler:
         prompt_ids: ListOf[int],
         params: SamplingParams,
         stop_ids: frozenset[int] = frozenset(),
+        salt: str = "",
     ) -> None:
-        """Queue a request.
+        """Queue a request; requests share the cache of equal prefixes if they have the same salt.
 
         Raises:
             UsageError: the prompt is empty, or prompt and answer exceed max_model_len or the cache.
         """
+        assert request_id not in self._unfinished, "two requests of the same id"
         room = self.options.max_model_len - len(prompt_ids)
         max_tokens = params.max_tokens or room
         if not prompt_ids:
@@ -104,85 +131,161 @@ class Scheduler:
                 f"blocks of KV cache, and there are {self.pool.num_blocks}",
                 hint="give the KV cache more memory, or lower --max-tokens",
             )
-        self.waiting.append(
-            Sequence(
-                request_id=request_id,
-                tokens=list(prompt_ids),
-                num_prompt_tokens=len(prompt_ids),
-                params=params,
-                max_tokens=max_tokens,
-                stop_ids=frozenset() if params.ignore_eos else stop_ids,
-            )
+        sequence = Sequence(
+            request_id=request_id,
+            tokens=list(prompt_ids),
+            num_prompt_tokens=len(prompt_ids),
+            num_tokens=len(prompt_ids),
+            max_num_tokens=len(prompt_ids) + max_tokens,
+            params=params,
+            stop_ids=frozenset() if params.ignore_eos else stop_ids,
+            salt=salt.encode(),
         )
+        self._unfinished[request_id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request, if it is unfinished; nothing more is heard of it."""
+        sequence = self._unfinished.get(request_id)
+        if sequence is not None:
+            self._finish(sequence)
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.waiting or self.running)
+        return bool(self._unfinished)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request, and no block or row is held or lost."""
+        rows = len(self._free_rows)
+        return not self.has_work and self.pool.is_whole and rows == self.options.max_num_seqs
 
     def schedule(self) -> list[Chunk]:
         """Choose the chunks of the next step, and give their sequences the blocks they need.
 
-        Single tokens come first, those of the shortest sequences before others, as attention
-        wants them.
+        Single tokens come first. There is nothing to run as long as all sequences wait for tokens
+        that are in flight.
         """
+        pool, block_size = self.pool, self.pool.block_size
         budget = self.options.max_num_batched_tokens
-        chunks: list[Chunk] = []
-        preempted = False
-        for sequence in list(self.running):
-            if sequence not in self.running:
+        decodes: list[Chunk] = []
+        prefills: list[Chunk] = []
+        num_preemptions = self.num_preemptions
+        for sequence in list(self.running.values()):
+            start, end = sequence.num_computed, sequence.num_tokens
+            if end == sequence.max_num_tokens or sequence.row < 0 or not budget:
                 continue
-            count = min(len(sequence.tokens) - sequence.num_computed, budget)
-            while count and not self.pool.grow(sequence.blocks, sequence.num_computed + count):
-                preempted = True
-                if self._preempt_last() is sequence:
-                    count = 0
-            if count:
-                chunks.append(Chunk(sequence=sequence, start=sequence.num_computed, count=count))
-                budget -= count
-        while not preempted and self.waiting and budget:
-            if len(self.running) == self.options.max_num_seqs:
+            if end - start > budget:
+                end = start + budget
+            if end > len(sequence.blocks) * block_size:
+                while sequence.row >= 0 and not pool.grow(sequence.blocks, end):
+                    self._preempt_last()
+                if sequence.row < 0:
+                    continue
+            budget -= end - start
+            (decodes if end - start == 1 else prefills).append(self._chunk(sequence, end))
+        # What was preempted just now would take back what others needed.
+        while self.waiting and budget and self.num_preemptions == num_preemptions:
+            if not self._admit(self.waiting[0]):
                 break
-            sequence = self.waiting[0]
-            count = min(len(sequence.tokens), budget)
-            if not self.pool.grow(sequence.blocks, count):
-                break
-            self.running.append(self.waiting.popleft())
-            chunks.append(Chunk(sequence=sequence, start=0, count=count))
-            budget -= count
-        assert chunks or not self.has_work, "a step without work"
-        return sorted(chunks, key=lambda chunk: (chunk.count > 1, chunk.start))
+            sequence = self.waiting.popleft()
+            end = min(sequence.num_tokens, sequence.num_computed + budget)
+            budget -= end - sequence.num_computed
+            single = end - sequence.num_computed == 1
+            (decodes if single else prefills).append(self._chunk(sequence, end))
+        for chunk in prefills:
+            self._publish(chunk.sequence)
+        decodes.sort(key=attrgetter("start"))
+        return decodes + prefills
 
-    def update(self, chunks: ListOf[Chunk], sampled: ListOf[int]) -> list[Output]:
-        """Record a step that was executed; `sampled` has a token for each chunk that samples."""
-        tokens = iter(sampled)
+    def update(self, sampling: ListOf[Sequence], tokens: ListOf[int]) -> list[Output]:
+        """Record the tokens of a step, in the order of its chunks that sample."""
+        block_size = self.pool.block_size
         outputs: list[Output] = []
-        for chunk in chunks:
-            sequence = chunk.sequence
-            samples = chunk.samples
-            sequence.num_computed += chunk.count
-            if not samples:
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if sequence.finished:
                 continue
-            token = next(tokens)
             sequence.tokens.append(token)
+            length = len(sequence.tokens)
+            # The new token is not computed, but all before it are.
+            if (length - 1) % block_size == 0:
+                self._publish(sequence)
             reason: str | None = None
             if token in sequence.stop_ids:
                 reason = "stop"
-            elif len(sequence.tokens) - sequence.num_prompt_tokens == sequence.max_tokens:
+            elif length == sequence.max_num_tokens:
                 reason = "length"
             if reason:
-                self.running.remove(sequence)
-                self.pool.release(sequence.blocks)
-            outputs.append(
-                Output(request_id=sequence.request_id, token_id=token, finish_reason=reason)
-            )
+                self._finish(sequence)
+            outputs.append(Output(sequence.request_id, token, reason))
         return outputs
 
-    def _preempt_last(self) -> Sequence:
+    def _chunk(self, sequence: Sequence, end: int) -> Chunk:
+        start, samples = sequence.num_computed, end == sequence.num_tokens
+        sequence.num_computed = end
+        if samples:
+            sequence.num_tokens += 1
+        return Chunk(sequence, start, end - start, samples)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence a row, and blocks for all of its tokens, if there are."""
+        known = len(sequence.tokens)
+        # A preempted sequence can be computed anew only with tokens that are known.
+        if not self._free_rows or known < sequence.num_tokens:
+            return False
+        found: list[int] = []
+        if self.options.enable_prefix_caching:
+            # The last token is always computed: what follows it is wanted.
+            findable = (known - 1) // self.pool.block_size
+            self._extend_keys(sequence, findable)
+            found = self.pool.find(sequence.keys[:findable])
+        blocks = self.pool.share(found, known)
+        if blocks is None:
+            return False
+        sequence.blocks = blocks
+        sequence.num_published = len(found)
+        sequence.num_computed = len(found) * self.pool.block_size
+        sequence.row = self._free_rows.pop()
+        self.running[sequence.row] = sequence
+        if self.options.enable_prefix_caching:
+            self.prefix_cache_queries += known
+            self.prefix_cache_hits += sequence.num_computed
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Let later steps find the full blocks whose tokens are known and computed."""
+        if not self.options.enable_prefix_caching:
+            return
+        full = min(sequence.num_computed, len(sequence.tokens)) // self.pool.block_size
+        self._extend_keys(sequence, full)
+        for i in range(sequence.num_published, full):
+            self.pool.publish(sequence.blocks[i], sequence.keys[i])
+        sequence.num_published = max(sequence.num_published, full)
+
+    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
+        extend_keys(sequence.keys, sequence.tokens, num_blocks, self.pool.block_size, sequence.salt)
+
+    def _preempt_last(self) -> None:
         """Send the last arrived running sequence back to the head of the queue."""
-        sequence = self.running.pop()
-        self.pool.release(sequence.blocks)
-        sequence.num_computed = 0
+        sequence = self.running[next(reversed(self.running))]
+        self._stop_running(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
-        return sequence
+
+    def _finish(self, sequence: Sequence) -> None:
+        if sequence.row >= 0:
+            self._stop_running(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.finished = True
+        del self._unfinished[sequence.request_id]
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self.running[sequence.row]
+        self._free_rows.append(sequence.row)
+        self.pool.release(sequence.blocks)
+        sequence.row = -1
+        sequence.blocks = []
+        sequence.num_computed = 0
+        sequence.num_published = 0

@@ -1,38 +1,41 @@
 """One run of one rank, from files to a report: what the command line calls.
 
 The order is the order of the ledger: the process with its libraries and its process group; weights;
-persistent buffers; the KV cache at its planned size; the worst step; then the prompts. So every
+the KV cache at its planned size; persistent buffers; the worst step; then the prompts. So every
 component of the plan is measured by itself, and what is generated afterwards proves that it works.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TypedDict
 
 import torch
-from torch import Tensor
 
 from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.errors import ExitCode, TightfitError
-from tightfit.model.blocks.attention import Attention, Rope
-from tightfit.model.blocks.mlp import DenseMLP
-from tightfit.model.layout import Parallel, Rank
-from tightfit.model.parameters import check_parallel, parameters, plain_parameters
-from tightfit.model.spec import Layer, ModelSpec
+from tightfit.errors import UsageError
+from tightfit.model.layout import Parallel
+from tightfit.model.parameters import check_parallel, plain_parameters
+from tightfit.model.quantization.schemes import FP8
+from tightfit.model.spec import ModelSpec
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.runtime.dist import World
+from tightfit.runtime.agreement import agreed, together
+from tightfit.runtime.attention.kv_scales import Scales, load_scales
+from tightfit.runtime.baseline import exercise_gpu, exercise_libraries
 from tightfit.runtime.engine import Engine
-from tightfit.runtime.files import TORCH_DTYPES
 from tightfit.runtime.layers import Weights
-from tightfit.runtime.loader import load_checkpoint, load_dummy, load_rank_files
-from tightfit.runtime.memory import CpuLedger, MemoryLedger
+from tightfit.runtime.loading.files import TORCH_DTYPES
+from tightfit.runtime.loading.loader import load_checkpoint, load_dummy, load_rank_files
+from tightfit.runtime.loading.parameters import rank_parameters, require_executable
+from tightfit.runtime.memory.ledger import CpuLedger, MemoryLedger
+from tightfit.runtime.memory.measured import components, loading_peak_bytes, most_resident_bytes
+from tightfit.runtime.models.hf import TransformersModel
+from tightfit.runtime.models.hf_loading import empty_model, load_transformers
 from tightfit.runtime.options import EngineOptions, SamplingParams
-from tightfit.runtime.parameters import rank_parameters, require_executable
 from tightfit.runtime.quantized import executions, rank_weights
+from tightfit.runtime.ranks.world import World
 from tightfit.runtime.text import Message, Text
 from tightfit.runtime.worker import Worker
 
@@ -84,6 +87,10 @@ class RunReport:
     num_preemptions: int
     executions: Mapping[str, int]
     """How quantized layers are executed, and how many are so; empty if there are none."""
+    implementation: str
+    """Whose code executed the model."""
+    attention: tuple[str, ...]
+    """Which kernels attended, and why others did not, where there was a choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,46 +165,71 @@ def start(
 ) -> Session:
     """Everything before the first prompt; arguments and errors are those of `run_rank`."""
     parallel = Parallel(
-        tensor_parallel_size=world.size,
+        tensor_parallel_size=world.tp_size,
+        pipeline_parallel_size=world.stages,
         uneven=rank_files is None or stored_layout(layout).uneven,
     )
     check_parallel(spec, parallel)
-    require_executable(spec)
     rank = parallel.ranks()[world.rank]
-    ledger = CpuLedger()
+    options = agreed(options, world)
+    ledger = world.ledger or CpuLedger()
     dtype = TORCH_DTYPES[options.dtype]
     started = perf_counter()
-
-    needed = rank_parameters(spec, plain_parameters(spec), rank, options.dtype)
-
-    def load() -> dict[str, Tensor]:
-        place: _Place = {"dtype": dtype, "device": world.device, "dtypes": needed.dtypes}
-        if rank_files is not None:
-            names = {tensor.parameter for tensor in needed.tensors}
-            stored = rank_tensors(spec, rank, stored_layout(layout))
-            expected = [tensor for tensor in stored if tensor.parameter in names]
-            return load_rank_files(rank_files, expected, **place)
-        if load_format == "dummy":
-            return load_dummy(needed.tensors, seed=options.seed, **place)
-        return load_checkpoint(checkpoint, needed.settled(checkpoint.tensors()), **place)
+    if others := options.model_impl == "transformers":
+        _require_alone(world, rank_files)
+    else:
+        require_executable(spec)
 
     with ledger.phase("process_baseline"), together(world):
-        _exercise_libraries(options, world)
+        empty = empty_model(checkpoint, spec, options) if others else None
+        if world.device.type == "cpu":
+            exercise_libraries(options, world)
+        else:
+            exercise_gpu(dtype, world.device)
         text = Text(checkpoint) if needs_text and world.rank == 0 else None
-    with ledger.phase("weights"), together(world):
-        tensors = load()
-    with ledger.phase("repacked_weights"), together(world):
-        weights = rank_weights(needed, tensors, repack=_repacks(dtype, world))
-    worker = Worker(spec, rank, options, weights, world=world, ledger=ledger)
+        scales: Scales = ()
+        if options.kv_cache_dtype == FP8 and load_format != "dummy":
+            scales = load_scales(checkpoint, spec, rank, rank_files=rank_files, layout=layout)
+    weights: Weights | TransformersModel
+    if others:
+        with ledger.phase("weights"), together(world):
+            model = load_transformers(
+                empty, checkpoint, spec, options, device=world.device, load_format=load_format
+            )
+        with ledger.phase("repacked_weights"), together(world):
+            weights = TransformersModel(spec, model)
+            nbytes = weights.nbytes
+            ledger.release()
+    else:
+        needed = rank_parameters(spec, plain_parameters(spec), rank, options.dtype)
+        place: _Place = {"dtype": dtype, "device": world.device, "dtypes": needed.dtypes}
+        with ledger.phase("weights"), together(world):
+            if rank_files is not None:
+                names = {tensor.parameter for tensor in needed.tensors}
+                stored = rank_tensors(spec, rank, stored_layout(layout))
+                expected = [tensor for tensor in stored if tensor.parameter in names]
+                tensors = load_rank_files(rank_files, expected, **place)
+            elif load_format == "dummy":
+                tensors = load_dummy(needed.tensors, seed=options.seed, **place)
+            else:
+                tensors = load_checkpoint(checkpoint, needed.settled(checkpoint.tensors()), **place)
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            ledger.release()
+        with ledger.phase("repacked_weights"), together(world):
+            weights = rank_weights(needed, tensors, repack=_repacks(dtype, world))
+            ledger.release()
+    with together(world):
+        worker = Worker(spec, rank, options, weights, world=world, ledger=ledger, scales=scales)
     worker.warm_up()
+    world.loaded()
     return Session(
         engine=Engine(worker),
         text=text,
         world=world,
         ledger=ledger,
-        weights_tensor_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        weights_tensor_bytes=nbytes,
         load_seconds=perf_counter() - started,
-        executions=executions(weights),
+        executions=executions(weights) if isinstance(weights, Weights) else {},
     )
 
 
@@ -216,7 +248,8 @@ def generate(
             requests = json.dumps([ids, sorted(text.stop_ids) if text else []]).encode()
     prompt_ids, stop_ids = json.loads(world.broadcast_bytes(requests))
     for i, ids in enumerate(prompt_ids):
-        engine.add(i, ids, sampling, frozenset(stop_ids))
+        # Equal prompts get different answers.
+        engine.add(i, ids, replace(sampling, seed=sampling.seed + i), frozenset(stop_ids))
 
     tokens: list[list[int]] = [[] for _ in prompt_ids]
     texts = ["" for _ in prompt_ids]
@@ -255,94 +288,34 @@ def generate(
         generation_seconds=seconds,
         num_preemptions=engine.scheduler.num_preemptions,
         executions=session.executions,
+        implementation=engine.worker.decoder.implementation,
+        attention=engine.worker.attention.report,
     )
 
 
-@contextmanager
-def together(world: World) -> Iterator[None]:
-    """Let all ranks fail if one of them does, before the others wait for it in a collective.
-
-    Raises:
-        TightfitError: that of the first rank that has one.
-    """
-    failure: TightfitError | None = None
-    try:
-        yield
-    except TightfitError as error:
-        failure = error
-    told = [failure.message, failure.hint, int(failure.exit_code)] if failure else None
-    for told_by_rank in map(json.loads, world.gather_bytes(json.dumps(told).encode())):
-        if failure is not None and told_by_rank == told:
-            raise failure
-        if told_by_rank is not None:
-            message, hint, code = told_by_rank
-            theirs = TightfitError(message, hint=hint)
-            theirs.exit_code = ExitCode(code)
-            raise theirs
+def _require_alone(world: World, rank_files: Sequence[Path] | None) -> None:
+    if world.size > 1 or rank_files is not None:
+        raise UsageError(
+            "--model-impl transformers runs on one rank, from a plain checkpoint: transformers' "
+            "own tensor parallelism cuts weights and KV heads in other ways than the plan",
+            hint="use --tensor-parallel-size 1 and the model as it was published",
+        )
 
 
 def _repacks(dtype: torch.dtype, world: World) -> bool:
-    return dtype == torch.bfloat16 and world.device.type == "cpu"
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and world.device.type == "cuda")
 
 
 def _measure(session: Session) -> RankMeasurement:
-    readings = session.ledger.readings
-    activations, logits = readings["activations"], readings["logits_and_sampler"]
-    components = {"process_baseline": readings["process_baseline"].after_bytes}
-    for name in ("weights", "repacked_weights", "persistent_buffers", "kv_cache"):
-        components[name] = readings[name].kept_bytes
-    components["activations"] = activations.transient_bytes
-    # Logits take the place of activations that are freed before, as in the plan.
-    components["logits_and_sampler"] = max(0, logits.peak_bytes - activations.peak_bytes)
-    loading = ("process_baseline", "weights", "repacked_weights")
+    ledger = session.ledger
     return RankMeasurement(
         rank=session.world.rank,
-        components=components,
-        resident_bytes=max(r.peak_bytes for n, r in readings.items() if n not in loading),
-        loading_peak_bytes=max(readings[name].peak_bytes for name in loading),
+        components=components(ledger),
+        resident_bytes=most_resident_bytes(ledger),
+        loading_peak_bytes=loading_peak_bytes(ledger),
         weights_tensor_bytes=session.weights_tensor_bytes,
         kv_cache_tensor_bytes=session.engine.worker.cache.nbytes,
     )
-
-
-def _exercise_libraries(options: EngineOptions, world: World) -> None:
-    """Run a toy model, so that code pages and the libraries' own buffers count as the process.
-
-    It is just large enough for MKL and oneDNN to take the paths, and the packing buffers, that they
-    take for large matrices.
-    """
-    attention = Attention(
-        num_heads=2 * world.size,
-        num_kv_heads=world.size,
-        head_dim=64,
-        rope=Rope(theta=1e4, rotary_dim=64, max_position_embeddings=64),
-        scale=0.125,
-    )
-    mlp = DenseMLP(intermediate_size=2048 * world.size, activation="silu")
-    spec = ModelSpec(
-        architecture="toy",
-        model_type="toy",
-        dtype=options.dtype,
-        hidden_size=512,
-        vocab_size=64 * world.size,
-        layers=(Layer(mixers=(attention,), mlp=mlp),),
-        max_position_embeddings=64,
-        norm_eps=1e-5,
-    )
-    toy = replace(
-        options,
-        max_model_len=256,
-        max_num_seqs=4,
-        max_num_batched_tokens=256,
-        num_blocks=4,
-        block_size=16,
-    )
-    parallel = Parallel(tensor_parallel_size=world.size)
-    rank: Rank = parallel.ranks()[world.rank]
-    dtype = TORCH_DTYPES[options.dtype]
-    tensors = tuple(weight.rank_tensor(rank, spec.dtype) for weight in parameters(spec))
-    weights = load_dummy(tensors, dtype=dtype, device=world.device, seed=0)
-    Worker(spec, rank, toy, Weights(tensors=weights), world=world, ledger=CpuLedger()).warm_up()
 
 
 def _is_token_ids(prompt: Prompt) -> bool:

@@ -105,6 +105,10 @@ class Text:
         return template if isinstance(template, str) else None
 
 
+_MOST_HELD = 32
+"""Tokens of a character at most, and more: text that is full of U+FFFD itself is told as well."""
+
+
 class Detokenizer:
     """Tokens to text as they come, never half a character.
 
@@ -123,7 +127,7 @@ class Detokenizer:
         """The text that this token completes; often empty."""
         self._ids.append(token_id)
         text = self._new_text()
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") and len(self._ids) - self._told < _MOST_HELD:
             return ""
         return self._advance(text)
 

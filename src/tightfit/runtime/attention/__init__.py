@@ -1,0 +1,1 @@
+"""How tokens attend: backends, the cache that they read, and the probe that chooses."""

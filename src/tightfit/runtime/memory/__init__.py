@@ -1,0 +1,1 @@
+"""What a run uses, phase by phase, beside what was planned."""

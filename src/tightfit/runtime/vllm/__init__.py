@@ -1,0 +1,1 @@
+"""The same plan in an installed vLLM."""
