@@ -43,8 +43,8 @@ from tightfit.model.families import model_spec
 from tightfit.model.layout import Parallel, RankTensor
 from tightfit.model.parameters import parameters
 from tightfit.model.stored import rank_tensors, stored_layout
-from tightfit.runtime.loader import load_checkpoint, load_rank_files
-from tightfit.runtime.memory import status_bytes
+from tightfit.runtime.loading.loader import load_checkpoint, load_rank_files
+from tightfit.runtime.memory.ledger import status_bytes
 from tightfit.sharding.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]

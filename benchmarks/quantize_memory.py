@@ -1,10 +1,12 @@
 """Peak memory of `tightfit quantize` on a model of any size, without the disk for its output.
 
 usage: quantize_memory.py [--layers 33] [--scheme fp8-channel] [--crew 4] [DIRECTORY]
+       quantize_memory.py --layers 1 --scheme w4a16 --method gptq --calibration TEXT
+                          --tokenizer MODEL [--samples 8] [DIRECTORY]
 
-The source is all holes, shaped as a Llama with a hidden size of 8192 (33 layers are 60 GB). The
-command runs as it is but for two things: files are not reserved, and what would be written to them
-is hashed and thrown away.
+The source is shaped as a Llama with a hidden size of 8192: as the 70B, which has 80 layers (33 are
+60 GB). It is all holes, or random for a method that calibrates. The command runs as it is but for
+two things: files are not reserved, and what would be written to them is hashed and thrown away.
 """
 
 import argparse
@@ -28,6 +30,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=33)
     parser.add_argument("--scheme", default="fp8-channel")
     parser.add_argument("--crew", type=int, help="threads, else by processors")
+    parser.add_argument("--method", default="rtn")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokenizer", type=Path, help="a model whose tokenizer to take")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="quantize-", dir=arguments.directory))
     try:
@@ -36,13 +42,31 @@ def main() -> None:
         shutil.rmtree(root)
 
 
+def random_weights() -> bytes:
+    """16 MiB of bfloat16 with a standard deviation of 0.02, as models begin."""
+    import torch
+
+    weights = torch.randn(2**23, generator=torch.Generator().manual_seed(0)).mul_(0.02)
+    return weights.bfloat16().view(torch.uint8).numpy().tobytes()
+
+
 def run(root: Path, arguments: argparse.Namespace) -> None:
     from tightfit.cli.main import build
     from tightfit.sharding.stream import crew
     from tightfit.sharding.stream.written import Target
 
-    nbytes = write_model(root / "model", config(8192, arguments.layers, 128_000), sparse=True)
-    command = ["quantize", str(root / "model"), str(root / "out"), "--scheme", arguments.scheme]
+    model = root / "model"
+    shape = config(8192, arguments.layers, 128_000)
+    command = ["quantize", str(model), str(root / "out"), "--scheme", arguments.scheme]
+    command += ["--method", arguments.method]
+    if arguments.calibration is None:
+        nbytes = write_model(model, shape, sparse=True)
+    else:
+        nbytes = write_model(model, shape, content=random_weights())
+        for file in arguments.tokenizer.glob("tokenizer*"):
+            shutil.copy(file, model)
+        command += ["--calibration", str(arguments.calibration)]
+        command += ["--calibration-samples", str(arguments.samples)]
     started = time.monotonic()
     with (
         mock.patch("tightfit.sharding.output.reserve", os.ftruncate),
@@ -55,8 +79,8 @@ def run(root: Path, arguments: argparse.Namespace) -> None:
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
-        f"{nbytes / 1e9:.1f} GB, {arguments.scheme}: {peak:.0f} MiB at most, in {seconds:.0f} s "
-        f"({nbytes / seconds / 1e6:.0f} MB/s)"
+        f"{nbytes / 1e9:.1f} GB, {arguments.scheme} {arguments.method}: {peak:.0f} MiB at most, "
+        f"in {seconds:.0f} s ({nbytes / seconds / 1e6:.0f} MB/s)"
     )
 
 
