@@ -23,17 +23,19 @@ PLAN = ["plan", str(DIRECTORY / "Llama-3.1-8B.json"), "--gpu", "h100-80gb", "--j
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
+    "interrupts": set(),
     "model": {"errors", "units"},
     "checkpoint": {"errors", "units", "model"},
 }
 BELOW["planner"] = {"model", "checkpoint"} | BELOW["checkpoint"]
 BELOW["executors"] = {"errors"}
-BELOW["sharding"] = {"planner", "executors"} | BELOW["planner"]
+BELOW["sharding"] = {"planner", "executors", "interrupts"} | BELOW["planner"]
 BELOW["codecs"] = BELOW["checkpoint"] | {"checkpoint"}
 BELOW["runtime"] = {"sharding", "codecs"} | BELOW["sharding"]
+BELOW["serve"] = {"runtime"} | BELOW["runtime"]
 BELOW["demo"] = {"runtime"} | BELOW["runtime"]
 BELOW["quantize"] = {"demo"} | BELOW["demo"]
-BELOW["cli"] = {"quantize"} | BELOW["quantize"]
+BELOW["cli"] = {"quantize", "serve"} | BELOW["quantize"]
 BELOW["__init__"] = {"planner"}
 BELOW["__main__"] = {"cli"}
 

@@ -1,6 +1,18 @@
-"""`python -m tightfit` is the same program as `tightfit`."""
+"""`tightfit`, and `python -m tightfit`: the command line, which Ctrl-C may end at any time."""
 
-from tightfit.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    try:
+        # The imports take a while.
+        from tightfit.cli.main import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -82,8 +82,20 @@ class VerificationError(TightfitError):
     exit_code = ExitCode.FINDING
 
 
+class DoesNotFitError(TightfitError):
+    """What was asked for makes sense only of a plan that fits."""
+
+    exit_code = ExitCode.FINDING
+
+
 class RankFailedError(TightfitError):
     """A rank of a running job died or could not start."""
+
+    exit_code = ExitCode.FINDING
+
+
+class DeviceError(TightfitError):
+    """A device that ran out of memory, is not free, or cannot execute what it is to execute."""
 
     exit_code = ExitCode.FINDING
 

@@ -98,6 +98,17 @@ def parse_tokens(text: str) -> int:
     return int(value)
 
 
+def parse_memory(text: str) -> int:
+    """Read a size as vLLM does, `8g` for 8e9 and `8G` for 8 GiB, or one with its whole unit.
+
+    Raises:
+        UsageError: the text is not a size.
+    """
+    return (
+        parse_tokens(text) if re.fullmatch(r"[\d.]+[kmgKMG]", text.strip()) else parse_bytes(text)
+    )
+
+
 def format_bytes(n: int) -> str:
     """Show bytes for people: `15.0 GiB`, `312 MiB`, `17 B`."""
     for unit, name in ((GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):

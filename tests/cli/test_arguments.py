@@ -16,6 +16,9 @@ from tightfit.cli.arguments import like_vllm
         ("plan x --gpu-memory=1.5GiB", "plan x --gpu-memory=1.5GiB"),
         ("plan ./x.json --sweep cc.mode=1", "plan ./x.json --sweep cc.mode=1"),
         ("run x -p -- --a_b", "run x -p -- --a_b"),
+        ("plan --cudagraph_capture_sizes 1 2 4,8 x", "plan --cudagraph-capture-sizes 1,2,4,8 x"),
+        ("plan x --cudagraph-capture-sizes", "plan x --cudagraph-capture-sizes"),
+        ("plan x --cudagraph-capture-sizes --json", "plan x --cudagraph-capture-sizes --json"),
     ],
 )
 def test_spellings(given: str, read: str) -> None:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from support.cli import ESCAPE, tightfit
@@ -28,6 +30,21 @@ def test_help_of_each_command(command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"Example: tightfit {command}" in " ".join(done.stdout.split())
     assert ESCAPE not in done.stdout
+
+
+@pytest.mark.parametrize("columns", [60, 80, 110, 160])
+@pytest.mark.parametrize("command", ["plan", "run", "shard"])
+def test_help_names_options_in_full(command: str, columns: int) -> None:
+    done = tightfit(command, "--help", env={**os.environ, "COLUMNS": str(columns)})
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+
+
+def test_help_of_run_tells_what_only_vllm_takes() -> None:
+    ours, vllms = tightfit("run", "--help").stdout.split("With --engine vllm:")
+    assert "--block-size" in ours
+    assert "--mm-encoder-tp-mode" not in ours
+    assert "--mm-encoder-tp-mode" in vllms
 
 
 def test_version() -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def words(text: str) -> str:
 
 
 def test_every_option_has_a_flag() -> None:
-    own = {"device", "tokenizer_json_bytes", "quantization_recipe"}
+    own = {"device", "tokenizer_json_bytes", "quantization_recipe", "model_impl"}
     assert set(FLAGS) - {"gpu", "gpu_memory"} == set(PlanOptions.__annotations__) - own
 
 
@@ -70,7 +71,7 @@ def test_nothing_fits() -> None:
 
 def test_sweep() -> None:
     flags = ("--gpu", "rtx4090", "--sweep", "tp=1,2,3", "--sweep", "max_model_len=8k,64k")
-    done = tightfit("plan", LLAMA, *flags)
+    done = tightfit("plan", LLAMA, *flags, env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
     head, *rows = done.stdout.splitlines()
     assert head.split()[:3] == ["tensor_parallel_size", "max_model_len", "fits"]
@@ -86,6 +87,19 @@ def test_sweep() -> None:
     assert document["schema"] == 1
     assert len(document["sweep"]["points"]) == 6
     assert document["sweep"]["axes"]["max_model_len"] == [8000, 64000]
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_sweep_is_whole_on_a_narrow_page(columns: int) -> None:
+    axes = ("gpu=rtx4090", "max_model_len=8k", "tp=1,2")
+    flags = [word for axis in axes for word in ("--sweep", axis)]
+    data = json.loads(tightfit("plan", LLAMA, *flags, "--json").stdout)["sweep"]["points"]
+    page = tightfit("plan", LLAMA, *flags, env={**os.environ, "COLUMNS": str(columns)}).stdout
+    assert max(map(len, page.splitlines())) <= columns
+    assert "…" not in page
+    for point in data:
+        assert f"{point['kv_cache']['tokens']:,}" in page
+        assert f"{point['verdict']['max_model_len_that_fits']:,}" in page
 
 
 def test_sweeps_that_find_nothing() -> None:
@@ -192,8 +206,9 @@ def test_emit(kind: str, word: str) -> None:
 
 def test_emit_refuses() -> None:
     done = tightfit("plan", LLAMA, "--gpu", "t4", "--emit", "vllm")
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert done.stdout == ""
+    assert "nothing to emit, for the plan does not fit" in done.stderr
     done = tightfit("plan", LLAMA, "--gpu", "h100", "--emit", "helm")
     assert_error(done, 2, "unknown --emit 'helm'")
 

@@ -6,13 +6,13 @@ import io
 import json
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from support.pages import Outline
 from support.qualities import quality, recipe
 from support.reports import EVIL
 from tightfit.cli.quality_view import render_budget, render_quality, render_sensitivity
@@ -20,35 +20,6 @@ from tightfit.cli.report.quality import check_suffix, write_quality_report
 from tightfit.errors import OutputError, UsageError
 from tightfit.quantize.quality import Quality
 from tightfit.quantize.sensitivity import weight_sensitivity
-
-
-class Outline(HTMLParser):
-    """Tags, what they refer to, the script, and the text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.references: list[str] = []
-        self.policy = self.script = self.text = self._in = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self._in = tag
-        given = dict(attrs)
-        self.references += [v or "" for k, v in attrs if k in ("href", "src", "action", "data")]
-        assert not [k for k in given if k.startswith("on")]
-        if given.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given["content"] or ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._in == "script":
-            self.script += data
-        elif self._in != "style":
-            self.text += data
 
 
 def written(path: Path, this: Quality, **others: Any) -> str:

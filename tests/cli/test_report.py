@@ -4,11 +4,11 @@ import itertools
 import json
 import re
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from support.pages import Outline
 from support.reports import EVIL, H100, Planned, planned, sweep_plans, with_advice, written
 from tightfit.cli.report import palette, write_report
 from tightfit.errors import ExitCode, OutputError, UsageError
@@ -28,36 +28,6 @@ def llama() -> Planned:
 @pytest.fixture(scope="module")
 def sweep() -> list[Planned]:
     return sweep_plans()
-
-
-class Outline(HTMLParser):
-    """Tags, what they refer to, the script, and the text of a page."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.references: list[str] = []
-        self.policy = self.script = self.text = ""
-        self._in = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self._in = tag
-        given = dict(attrs)
-        self.references += [v or "" for k, v in attrs if k in ("href", "src", "action", "data")]
-        assert not [k for k in given if k.startswith("on")]
-        if given.get("http-equiv") == "Content-Security-Policy":
-            self.policy = given["content"] or ""
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._in == "script":
-            self.script += data
-        elif self._in != "style":
-            self.text += data
 
 
 def test_page_is_self_contained(tmp_path: Path, llama: Planned) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +43,8 @@ def run_json(*arguments: str | Path) -> dict:
 def test_one_rank_and_two_and_rank_files_say_the_same(model: Path, shards: Path) -> None:
     prompts = ("--dtype", "float32", "-p", "Hello there", "-p", "One two three four")
     alone = run_json(model, *prompts)
-    for other in (run_json(model, "-tp", "2", *prompts), run_json(shards, *prompts)):
+    stages = run_json(model, "-pp", "2", *prompts)
+    for other in (run_json(model, "-tp", "2", *prompts), stages, run_json(shards, *prompts)):
         assert other["completions"] == alone["completions"]
         assert len(other["ranks"]) == 2
     assert len(alone["completions"]) == 2
@@ -61,12 +63,16 @@ def test_the_document_has_planned_and_measured(model: Path) -> None:
         )
     assert {c["component"] for c in document["checks"]} == {*measured, "total"}
     assert document["completions"] == []
+    assert document["attention"] == []
 
 
 def test_memory_unlike_the_plan_has_its_own_exit_code(model: Path) -> None:
     done = tightfit("run", model, *SMALL, "--check", "--tolerance", "0.0001")
     assert done.returncode == 4
     assert "differs from the plan: total of rank 0" in done.stdout
+    quiet = tightfit("run", model, *SMALL, "--check", "--tolerance", "0.0001", "-q")
+    assert (quiet.returncode, quiet.stdout) == (4, "")
+    assert "total of rank 0: planned " in quiet.stderr
 
 
 def test_text_is_printed_with_a_table(model: Path) -> None:
@@ -82,6 +88,54 @@ def test_under_a_torchrun_of_the_users_own(model: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["ranks"]) == 2
+
+
+def test_files_of_stages_say_how_many_ranks_there_are(model: Path, tmp_path: Path) -> None:
+    write_shards(model, tmp_path / "out", 1, pipeline_parallel_size=2)
+    assert run_json(tmp_path / "out", "-p", "Hello")["completions"]
+    done = tightfit(
+        "run", tmp_path / "out", *SMALL, env=os.environ | {"RANK": "0", "WORLD_SIZE": "3"}
+    )
+    assert_error(
+        done,
+        2,
+        "tensor parallel size 1 and 2 pipeline stages are 2 ranks, but torchrun started 3",
+    )
+
+
+def test_a_cache_of_fp8(model: Path) -> None:
+    asked = ("--check", "--dtype", "float32", "--kv-cache-memory-bytes", "1MiB")
+    narrow, wide = (run_json(model, *asked, "--kv-cache-dtype", word) for word in ("fp8", "auto"))
+    for document, size in ((narrow, 1), (wide, 4)):
+        (rank,) = document["ranks"]
+        (cache,) = (c for c in rank["components"] if c["name"] == "kv_cache")
+        assert cache["measured_bytes"] == pytest.approx(cache["planned_bytes"], rel=0.05)
+        assert all(check["ok"] for check in document["checks"])
+        assert 4 * document["kv_cache"]["bytes_per_block"] == (
+            size * wide["kv_cache"]["bytes_per_block"]
+        )
+    assert narrow["kv_cache"]["dtype"] == "F8_E4M3"
+
+
+def test_two_nodes_say_what_one_rank_says(model: Path, shards: Path) -> None:
+    asked = ("--dtype", "float32", "-p", "Hello there", "--max-tokens", "12", *SMALL, "--json")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        command += ["--nproc-per-node", "1", "--node-rank", str(node)]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        command += ["-m", "tightfit", "run", str(shards), *asked]
+        pipe = subprocess.PIPE
+        nodes.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True))
+    (first, errors), (second, _) = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert second == ""
+    answer, alone = json.loads(first), tightfit("run", model, *asked)
+    assert answer["completions"] == json.loads(alone.stdout)["completions"]
+    assert len(answer["ranks"]) == 2
 
 
 def test_shards_of_another_size_are_refused(shards: Path) -> None:
@@ -203,3 +257,8 @@ def test_the_tiny_demo_needs_no_network() -> None:
     assert "tiny, invented and untrained" in done.stdout
     assert "every byte as in its source" in done.stdout
     assert "as planned: every component of each rank" in done.stdout
+
+
+def test_attention_backends_are_for_gpus(model: Path) -> None:
+    done = tightfit("run", model, "--device", "cpu", "--attention-backend", "triton")
+    assert_error(done, 2, "--attention-backend triton, but attention on a CPU is PyTorch's")

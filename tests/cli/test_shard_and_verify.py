@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,16 @@ from support.cli import ESCAPE, assert_error, tightfit
 from support.random_models import write_random_model
 
 TinyModel = Callable[[str], Path]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 1,
+    "vocab_size": 96,
+    "torch_dtype": "bfloat16",
+}
 
 
 def test_from_shard_to_verify(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -243,3 +254,66 @@ def test_harmful_names_in_a_manifest(tiny_model: TinyModel, tmp_path: Path) -> N
     done = tightfit("verify", out)
     assert done.returncode == 1
     assert all(c.isprintable() or c == "\n" for c in done.stdout)
+
+
+def test_what_is_there_already(tmp_path: Path) -> None:
+    """No second time, and not for another model of the same shapes."""
+    model, other = (
+        write_random_model(LLAMA, tmp_path / name, seed=seed)
+        for seed, name in enumerate(("model", "other"))
+    )
+    out, back = tmp_path / "out", tmp_path / "back"
+    for done in (
+        tightfit("shard", model, out, "-tp", "2"),
+        tightfit("merge", out, back, "--json"),
+        tightfit("merge", out, back, "--resume", "--json"),
+        tightfit("shard", model, out, "-tp", "2", "--resume", "--json"),
+    ):
+        assert (done.returncode, done.stderr) == (0, "")
+        if done.stdout.startswith("{"):
+            assert json.loads(done.stdout)["written"] is ("--resume" not in done.args)
+    done = tightfit("shard", model, out, "-tp", "2", "--resume")
+    assert f"\n{out} holds all of it already: 2 files, " in done.stdout
+    assert f"next: vllm serve {out}" in done.stdout
+    done = tightfit("merge", out, back, "--resume")
+    assert done.stdout.startswith(f"{back} holds all of it already, byte for byte: ")
+    done = tightfit("shard", other, out, "-tp", "2", "--resume")
+    assert_error(
+        done,
+        2,
+        f"{out} holds the work of another call: the model has other weights (model-rank-0-part-0."
+        "safetensors: 'model.embed_tokens.weight' differs from other)",
+    )
+    (back / "config.json").unlink()
+    (back / "tightfit-merge.journal").write_text("")
+    done = tightfit("verify", back)
+    assert_error(done, 1, f"{back} is an unfinished output of `tightfit merge`")
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    model = write_random_model(LLAMA, tmp_path / os.fsdecode(b"model\xff"), seed=1)
+    out, back = (tmp_path / os.fsdecode(name) for name in (b"out\xff", b"back\xff"))
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    for command in (
+        ("shard", model, out, "-tp", "2"),
+        ("verify", out, "--against", model),
+        ("merge", out, back),
+        ("shard", model, out, "-tp", "2", "--resume"),
+    ):
+        done = tightfit(*command, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\\udcff" in done.stdout
+    (out / "more.safetensors").write_bytes(b"")
+    done = tightfit("verify", out, env=env)
+    assert done.stdout.endswith("out\\udcff\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("merge", "LONG", "out"), ("verify", "LONG"), ("plan", "LONG"), ("merge", "m", "LONG")],
+)
+def test_names_that_no_file_may_have(command: tuple[str, ...], tmp_path: Path) -> None:
+    write_random_model(LLAMA, tmp_path / "m", seed=1)
+    done = tightfit(*(word.replace("LONG", 256 * "x") for word in command), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")

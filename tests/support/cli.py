@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ESCAPE = "\x1b"
+TIMEOUT_SECONDS = 120
+
+Call = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def tightfit(
@@ -14,7 +18,13 @@ def tightfit(
     """Run `tightfit` with its output in pipes; `env` replaces the environment."""
     command = [sys.executable, "-m", "tightfit", *map(os.fspath, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=cwd, check=False, timeout=120
+        command,
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=cwd,
+        check=False,
+        timeout=TIMEOUT_SECONDS,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done

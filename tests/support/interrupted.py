@@ -20,17 +20,21 @@ CALLS += ("fsync", "mkdir", "ftruncate", "posix_fallocate", "pread")
 
 
 class Counted:
-    """Counts calls of the system, and dies at the one with number `last`."""
+    """Counts calls of the system; dies before that with number `last`, or is interrupted by it."""
 
-    def __init__(self, last: int = 2**60) -> None:
-        self.count, self.last = 0, last
+    def __init__(self, last: int = 2**60, *, number: signal.Signals = signal.SIGKILL) -> None:
+        self.count, self.last, self.number = 0, last, number
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
-            if self.count == self.last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
+            now = self.count == self.last
+            if now and self.number == signal.SIGKILL:
+                os.kill(os.getpid(), self.number)
+            result = function(*args, **kwargs)
+            if now:
+                os.kill(os.getpid(), self.number)
+            return result
 
         return called
 
@@ -39,12 +43,15 @@ class Counted:
             setattr(os, name, self.wrap(getattr(os, name)))
 
 
-def in_child(work: Callable[[], object], last: int = 2**60) -> int:
-    """Do something in a child that is killed at a call; the number of its calls, or -9."""
+def in_child(
+    work: Callable[[], object], last: int = 2**60, *, number: signal.Signals = signal.SIGKILL
+) -> int:
+    """Do something in a child that gets a signal at a call; the number of its calls, or -9."""
     reader, writer_end = os.pipe()
     child = os.fork()
     if child == 0:
-        counted = Counted(last)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        counted = Counted(last, number=number)
         counted.install()
         try:
             work()
@@ -73,7 +80,7 @@ def write(
         max_shard_bytes=options.pop("max_shard_bytes", 10**5),
         **options,
     )
-    return shard(job, out, bars or NoProgress(), resume=resume)
+    return shard(job, out, bars or NoProgress(), resume=resume).manifest
 
 
 class Copied(NoProgress):

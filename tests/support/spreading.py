@@ -56,6 +56,9 @@ class SlowSource:
     def files(self) -> list[str]:
         return self._source.files()
 
+    def others(self) -> list[str]:
+        return self._source.others()
+
     def local_path(self, path: str) -> None:
         return None
 
@@ -84,7 +87,7 @@ def make_job(model: Path, seconds: float = 0.1, max_shard_bytes: int = 10**5) ->
 def spread(
     model: Path, out: Path, executor: Executor | None, bars: NoProgress, *, resume: bool = False
 ) -> Manifest:
-    return shard(make_job(model), out, bars, resume=resume, executor=executor)
+    return shard(make_job(model), out, bars, resume=resume, executor=executor).manifest
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def write_shards(
         expert_parallel=expert_parallel,
         max_shard_bytes=max_shard_bytes,
     )
-    return shard(job, out, NoProgress())
+    return shard(job, out, NoProgress()).manifest
 
 
 def merge_shards(shards: Path, out: Path, *, max_shard_bytes: int = 5 * 10**9) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tightfit.cli.ci import Finding, Threshold, findings, github, junit, write_text
-from tightfit.cli.output import console, print_json, until_closed
+from tightfit.cli.output import console, note, print_json, until_closed
 from tightfit.errors import ExitCode
 from tightfit.planner.api import OpenedModel
 from tightfit.planner.options import PlanOptions
@@ -52,8 +52,9 @@ class Answers:
             from tightfit.cli.report import write_report
             from tightfit.planner.fit_map import map_plan
 
-            grid = map_plan(self.opened.spec, options, plan)
+            grid = map_plan(self.opened.spec_of(options), options, plan)
             write_report([document], self.report, grid=None if grid is None else grid.to_json())
+            note(f"wrote {self.report}")
         return _code(found)
 
     def _page(self, plan: Plan, found: Sequence[Finding], fitted: "Fitted | None") -> None:
@@ -110,9 +111,11 @@ class Answers:
         for point in points:
             if point.plan is not None and point.planned is not None:
                 documents.append(point.plan.to_json())
-                grid = map_plan(self.opened.spec, point.planned, point.plan)
+                spec = self.opened.spec_of(point.planned)
+                grid = map_plan(spec, point.planned, point.plan)
                 grids.append(None if grid is None else grid.to_json())
         write_report(documents, path, grid=grids)
+        note(f"wrote {path}")
 
     def _data(self, document: dict[str, Any], found: Sequence[Finding]) -> None:
         """Anything but the human view, to stdout or to a file."""
@@ -144,7 +147,7 @@ class Answers:
         from tightfit.planner.quantized import as_written
 
         chosen = engine(options)
-        spec = chosen.adapt(as_written(self.opened.spec, options), options)
+        spec = chosen.adapt(as_written(self.opened.spec_of(options), options), options)
         found = explain(plan, spec, chosen.parallel(options), name)
         if self.form == "json":
             print_json({"schema": SCHEMA, "explain": [one.to_json() for one in found]})

@@ -1,14 +1,22 @@
 """Arguments as vLLM's parser takes them, made into those that click takes.
 
 vLLM (`utils/argparse_utils.py: FlexibleArgumentParser`) also reads `--max_model_len`, `-O3`, and
-keys with dots: `-cc.cudagraph_mode=NONE` and `--limit-mm-per-prompt.image 2` add to a JSON object.
+keys with dots: `-cc.cudagraph_mode=NONE` and `--limit-mm-per-prompt.image 2` add to a JSON object;
+and several numbers after `--cudagraph-capture-sizes`.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-_OBJECTS = ("--compilation-config", "--limit-mm-per-prompt", "--mm-processor-kwargs")
+_OBJECTS = (
+    "--compilation-config",
+    "--hf-overrides",
+    "--limit-mm-per-prompt",
+    "--mm-processor-kwargs",
+)
+_SIZES = "--cudagraph-capture-sizes"
 _SHORT = {"-cc": "--compilation-config"}
 
 
@@ -28,6 +36,12 @@ def like_vllm(arguments: Sequence[str]) -> list[str]:
         if name.startswith("--"):
             option, dot, rest = name.partition(".")
             name = option.replace("_", "-") + dot + rest
+        if name == _SIZES and not equals:
+            sizes = []
+            while words and re.fullmatch(r"\d+(,\d+)*,?", words[0]):
+                sizes.append(words.pop(0))
+            result += [name, ",".join(sizes)] if sizes else [name]
+            continue
         option, dot, keys = name.partition(".")
         option = _SHORT.get(option, option)
         if not dot or option not in _OBJECTS:

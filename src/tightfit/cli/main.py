@@ -11,6 +11,7 @@ import typer
 
 from tightfit import __version__
 from tightfit.cli.arguments import like_vllm
+from tightfit.cli.help import Command
 
 COMMANDS = ("plan", "shard", "verify", "merge", "quantize", "run", "demo")
 
@@ -37,7 +38,7 @@ def build(arguments: Sequence[str]) -> typer.Typer:
     named = next((a for a in arguments if not a.startswith("-")), None)
     for name in (named,) if named in COMMANDS else COMMANDS:
         command = getattr(import_module(f"tightfit.cli.{name}"), name)
-        app.command(name, epilog=_EXIT_CODES)(command)
+        app.command(name, cls=Command, epilog=_EXIT_CODES)(command)
     return app
 
 
@@ -61,10 +62,7 @@ def main() -> None:
     gc.disable()
     signal.signal(signal.SIGTERM, _interrupt)
     arguments = like_vllm(sys.argv[1:])
-    try:
-        build(arguments)(arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    build(arguments)(arguments)
 
 
 def _interrupt(*_: object) -> None:

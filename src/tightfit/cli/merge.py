@@ -1,5 +1,6 @@
 """`tightfit merge`: a plain checkpoint back from a sharded one."""
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -32,51 +33,54 @@ def merge(
     quiet: o.Quiet = False,
     as_json: o.Json = False,
 ) -> None:
-    """Put the files of all ranks together to the checkpoint that they were made of, byte for byte.
+    """Put the files of all ranks together to the checkpoint they were made of, tensor for tensor.
 
     Example: tightfit merge ./Qwen3-8B-tp2 ./Qwen3-8B
     """
+    w.check_out(out)
     size = w.shard_bytes(max_shard_size)
-    if not is_remote(directory) and not local_path_of(directory).is_dir():
+    if not is_remote(directory) and not os.path.isdir(local_path_of(directory)):
         raise ConfigError(f"there is no directory {directory}", hint="check the path")
     job = prepare_merge(open_checkpoint(directory), max_shard_bytes=size)
+    fresh = not dry_run
     if not dry_run:
         with progress(quiet=quiet) as bars:
             if is_remote(out):
                 from tightfit.sharding.remote.plain import write_to
 
-                write_to(job, out, bars, resume=resume, notice=note)
+                fresh = write_to(job, out, bars, resume=resume, notice=note)
             else:
-                write(job, local_path_of(out), bars, resume=resume)
+                fresh = write(job, local_path_of(out), bars, resume=resume)
     if job.not_returned and not quiet:
         note(
             f"{len(job.not_returned)} tensors of the source, such as {job.not_returned[0]!r}, are "
             "not loaded by engines, and were left out when it was sharded"
         )
     if as_json:
-        print_json(_document(job, out, dry_run))
+        print_json(_document(job, out, fresh))
     elif dry_run or not quiet:
         tensors = sum(len(part.placed) for part in job.parts)
-        verb = "would write" if dry_run else "wrote"
-        files, ranks = len(job.parts), job.rank_files.parallel.world_size
-        print(
-            one_line(
-                f"{verb} {tensors:,} tensors, {format_bytes(job.output_bytes)}, in {files} "
-                f"file{'s' if files > 1 else ''} to {out}, from {ranks} "
-                f"rank{'s' if ranks > 1 else ''} of {directory}"
-            )
+        files, ranks = len(job.parts), job.cut_again.parallel.world_size
+        what = (
+            f"{tensors:,} tensors, {format_bytes(job.output_bytes)}, in {files} "
+            f"file{'s' if files > 1 else ''}"
         )
+        if fresh or dry_run:
+            text = f"{'wrote' if fresh else 'would write'} {what} to {out}"
+        else:
+            text = f"{out} holds all of it already, byte for byte: {what}"
+        print(one_line(f"{text}, from {ranks} rank{'s' if ranks > 1 else ''} of {directory}"))
 
 
-def _document(job: MergeJob, out: str, dry_run: bool) -> dict[str, Any]:
+def _document(job: MergeJob, out: str, fresh: bool) -> dict[str, Any]:
     return {
         "schema": 1,
         "output": out,
-        "written": not dry_run,
-        "layout": job.rank_files.layout,
-        "tensor_parallel_size": job.rank_files.parallel.tensor_parallel_size,
-        "pipeline_parallel_size": job.rank_files.parallel.pipeline_parallel_size,
-        "expert_parallel": job.rank_files.parallel.expert_parallel,
+        "written": fresh,
+        "layout": job.cut_again.layout,
+        "tensor_parallel_size": job.cut_again.parallel.tensor_parallel_size,
+        "pipeline_parallel_size": job.cut_again.parallel.pipeline_parallel_size,
+        "expert_parallel": job.cut_again.parallel.expert_parallel,
         "total_bytes": job.output_bytes,
         "not_returned": list(job.not_returned),
         "files": [

@@ -53,23 +53,32 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             finally:
                 # What cannot be written must be known while there is somebody to say so.
                 sys.stdout.flush()
-        except TightfitError as error:
-            print_error(error)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(ExitCode.INTERRUPTED) from None
-        except BrokenPipeError:
-            # The reader has what it wanted: `tightfit plan ... | head`.
-            _discard_stdout()
-            raise typer.Exit(ExitCode.OK) from None
-        except OSError as error:
-            if error.errno not in _FAILING_DISKS:
+        except BaseException as error:
+            if (code := explained(error)) is None:
                 raise
-            print_error(_output_error(error))
-            raise typer.Exit(ExitCode.INPUT) from None
+            raise typer.Exit(code) from None
 
     return wrapper
+
+
+def explained(error: BaseException) -> ExitCode | None:
+    """Say what a user can do about an error; the exit code, or None if it is a bug."""
+    match error:
+        case TightfitError():
+            print_error(error)
+            return error.exit_code
+        case KeyboardInterrupt():
+            if "RANK" not in os.environ:  # whoever started the ranks says it once
+                note("interrupted")
+            return ExitCode.INTERRUPTED
+        case BrokenPipeError():
+            # The reader has what it wanted: `tightfit plan ... | head`.
+            _discard_stdout()
+            return ExitCode.OK
+        case OSError() if error.errno in _FAILING_DISKS:
+            print_error(_output_error(error))
+            return ExitCode.INPUT
+    return None
 
 
 def _output_error(error: OSError) -> OutputError:
@@ -111,8 +120,27 @@ def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _StatusLine:
+    """What takes a while, in one line on a terminal's stderr that goes away."""
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def __call__(self, text: str = "") -> None:
+        """Take the place of what was said before; without a text, leave nothing."""
+        if text == self._shown or not sys.stderr.isatty():
+            return
+        end = "" if text else "\r"
+        print(f"\r{text:<{len(self._shown)}}", end=end, file=sys.stderr, flush=True)
+        self._shown = text
+
+
+status = _StatusLine()
+
+
 def print_error(error: TightfitError) -> None:
     """One line that says what happened, one that says what to do."""
+    status()
     print(f"error: {one_line(error.message)}", file=sys.stderr)
     if error.hint:
         print(f"hint: {one_line(error.hint)}", file=sys.stderr)
@@ -131,11 +159,13 @@ def print_json(document: Any) -> None:
 
 def warn(text: str) -> None:
     """Something that the user should know and that stops nothing."""
+    status()
     print(f"warning: {one_line(text)}", file=sys.stderr)
 
 
 def note(text: str) -> None:
     """Something that was done beside the data."""
+    status()
     print(one_line(text), file=sys.stderr)
 
 

@@ -23,7 +23,7 @@ _ELSEWHERE = "From and to vLLM"
 
 
 @guarded
-@o.takes_plan_options
+@o.takes_options(o.FLAGS)
 def plan(
     context: typer.Context,
     model: o.OptionalModel = None,
@@ -166,6 +166,8 @@ def plan(
         return
     if model is None and from_command is None and config is None and from_log is None:
         context.fail("Missing argument 'MODEL'.")
+    if calibrate and from_log is None:
+        context.fail("--calibrate learns from a log: give --from-log too.")
     alone = {"--sweep": sweep, "--explain": explain, "--emit": emit}
     _refuse_together(
         {name: bool(value) for name, value in alone.items()},

@@ -43,11 +43,11 @@ def read_request(
     if config is not None:
         from tightfit.planner.vllm_command import parse_config_file
 
-        parsed.append(parse_config_file(config))
+        parsed.append(parse_config_file(config, flags.get("engine_version")))
     if from_command is not None:
         from tightfit.planner.vllm_command import parse_command
 
-        parsed.append(parse_command(from_command))
+        parsed.append(parse_command(from_command, flags.get("engine_version")))
     options: dict[str, Any] = {}
     log = None
     if from_log is not None:
@@ -93,8 +93,9 @@ def with_recipe(
             f"--quantization-ignore {ignore[0]!r} without a scheme",
             hint="--quantization w4a16, or --quantization-recipe FILE",
         )
-    from tightfit.cli.quantize_request import wish_from
+    from tightfit.cli.quantize_request import FLAGS, wish_from
 
+    flags = {key: flag.replace("--", "--quantization-") for key, flag in FLAGS.items()}
     found["quantization_recipe"] = wish_from(
         recipe,
         scheme=scheme,
@@ -102,5 +103,6 @@ def with_recipe(
         file_format=found.pop("quantization_format", None),
         kv_cache=None,
         ignore=ignore,
+        flags={**flags, "scheme": "--quantization"},
     )
     return found

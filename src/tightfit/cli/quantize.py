@@ -9,12 +9,14 @@ from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote
 from tightfit.cli import options as o
 from tightfit.cli import quantize_request as request
+from tightfit.cli.options import quantization as q
 from tightfit.cli.options import writing as w
 from tightfit.cli.output import guarded, print_json, progress, warn
 from tightfit.errors import ExitCode, UsageError
 from tightfit.executors import open_executor
-from tightfit.model.quantization.written import FORMATS, SCHEMES
+from tightfit.model.quantization.written import SCHEMES
 from tightfit.quantize.recipe_file import METHODS
+from tightfit.sharding.side_files import left_behind
 from tightfit.units import parse_bytes
 
 _CALIBRATION = "Calibration"
@@ -28,44 +30,34 @@ def quantize(
     scheme: Annotated[
         str | None,
         # With its name: typer 0.27.2 takes a metavar that differs only in case for the name.
-        typer.Option("--scheme", metavar="SCHEME", help=", ".join(SCHEMES), show_default=False),
+        typer.Option(
+            "--scheme",
+            metavar="SCHEME",
+            help=", ".join(SCHEMES),
+            rich_help_panel=q.PANEL,
+            show_default=False,
+        ),
     ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(help="Inputs that share a scale; -1 for whole rows.", show_default="128"),
-    ] = None,
+    group_size: q.GroupSize = None,
     method: Annotated[
         str,
         typer.Option(
             metavar="|".join(METHODS),
             help="How values are chosen: nearest, least error, or with calibration.",
+            rich_help_panel=q.PANEL,
         ),
     ] = "rtn",
-    file_format: Annotated[
-        str | None,
-        typer.Option(
-            "--format", metavar="|".join(FORMATS), help="Of the files.", show_default=FORMATS[0]
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML or JSON: scheme, group_size, format, kv_cache, and rules for modules.",
-            show_default=False,
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REGEX",
-            help="Leave matching modules as they are; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    file_format: q.FileFormat = None,
+    recipe: q.Recipe = None,
+    ignore: q.Ignore = None,
     kv_cache: Annotated[
         str | None,
-        typer.Option(metavar="fp8", help="Scales for keys and values.", show_default=False),
+        typer.Option(
+            metavar="fp8",
+            help="Scales for keys and values.",
+            rich_help_panel=q.PANEL,
+            show_default=False,
+        ),
     ] = None,
     for_tp: Annotated[
         int | None,
@@ -121,7 +113,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE.html",
-            help="Errors of every matrix as a page.",
+            help="Errors of every matrix as a page, which --dry-run writes too.",
             rich_help_panel=_QUALITY,
             show_default=False,
         ),
@@ -151,6 +143,7 @@ def quantize(
 
     Example: tightfit quantize ./Qwen3-8B ./Qwen3-8B-fp8 --scheme fp8-channel
     """
+    w.check_out(out)
     size = w.shard_bytes(max_shard_size)
     if for_tp is not None and not 1 <= for_tp <= 1024:
         raise UsageError(f"--for-tp {for_tp} is out of range", hint="at least 1")
@@ -163,7 +156,7 @@ def quantize(
     request.check_backend(backend, dequantize=dequantize)
     request.check_samples(calibration_samples, calibration_length)
     if report is not None:
-        request.check_report(report, out)
+        request.check_report(report, out, dry_run=dry_run)
     patterns = tuple(ignore or ())
     wish = None
     if budget is not None:
@@ -192,6 +185,7 @@ def quantize(
         max_shard_bytes=size,
         resume=resume,
         dry_run=dry_run,
+        quiet=quiet,
         evaluate=evaluate,
         report=report,
         sensitivity=sensitivity,
@@ -202,10 +196,14 @@ def quantize(
         length=calibration_length,
         seed=seed,
     )
-    calibrates = asked.calibration(wish) is not None
+    reads_all = asked.calibration(wish) is not None
+    if dry_run and budget is None and not sensitivity:
+        reads_all = False
     checkpoint = open_checkpoint(
-        model, revision=revision, download=calibrates or not (dry_run or is_remote(out))
+        model, revision=revision, download=reads_all or not (dry_run or is_remote(out))
     )
+    for text in left_behind(checkpoint):
+        warn(text)
     if dequantize:
         from tightfit.quantize.dequantize import open_dequantized
 

@@ -9,26 +9,31 @@ from typing import TYPE_CHECKING, Any
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.errors import MissingExtraError, UsageError
 from tightfit.model.quantization.written import Wish
-from tightfit.quantize.recipe_file import KV_CACHE, METHODS, read_recipe, wish_of
+from tightfit.quantize.recipe_file import (
+    DATA_FREE,
+    KV_CACHE,
+    METHODS,
+    SHORTEST_SAMPLE,
+    read_recipe,
+    wish_of,
+)
 
 if TYPE_CHECKING:
     from tightfit.quantize.calibration import CalibrationOptions
 
 BACKENDS = ("own", "optimum")
 """Who computes GPTQ."""
-_SHORTEST = 8
-"""Tokens of a sample."""
 
 
-def require_packages() -> None:
-    """Say what to install if a package is missing.
+def require_packages(command: str = "quantize") -> None:
+    """Say what to install if a package is missing that a `command` needs.
 
     Raises:
         MissingExtraError: one is.
     """
     for package in ("torch", "numpy"):
         if importlib.util.find_spec(package) is None:
-            raise MissingExtraError("quantize", "quantize", package)
+            raise MissingExtraError(command, "quantize", package)
 
 
 def check_method(method: str, backend: str) -> None:
@@ -66,7 +71,7 @@ def check_samples(samples: int, length: int) -> None:
     Raises:
         UsageError: one is.
     """
-    for flag, value, least in (("samples", samples, 1), ("length", length, _SHORTEST)):
+    for flag, value, least in (("samples", samples, 1), ("length", length, SHORTEST_SAMPLE)):
         if value < least:
             raise UsageError(
                 f"--calibration-{flag} {value} is out of range", hint=f"at least {least}"
@@ -104,8 +109,8 @@ def check_budget(budget: str, method: str, backend: str, flags: Mapping[str, obj
         )
 
 
-def check_report(report: Path, out: str) -> None:
-    """Refuse a report that could not be written in the end.
+def check_report(report: Path, out: str, *, dry_run: bool) -> None:
+    """Refuse a report that could not be written in the end; a `dry_run` does not make `out`.
 
     Raises:
         UsageError: another suffix, or no such directory.
@@ -114,13 +119,32 @@ def check_report(report: Path, out: str) -> None:
 
     check_suffix(report)
     place = os.path.abspath(report.parent)
-    is_output = not is_remote(out) and place == os.path.abspath(local_path_of(out))
-    if not is_output and not os.path.isdir(place):
+    is_made = not (dry_run or is_remote(out)) and place == os.path.abspath(local_path_of(out))
+    if not is_made and not os.path.isdir(place):
         raise UsageError(
             f"--report {report}: there is no directory {report.parent}", hint="make it first"
         )
-    if report.is_dir():
+    if os.path.isdir(report):
         raise UsageError(f"--report {report} is a directory", hint="give a file in it")
+    try:
+        os.lstat(report)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(
+            f"--report {report} cannot be written: {error.strerror}", hint="give another file"
+        ) from None
+
+
+FLAGS: Mapping[str, str] = {
+    "recipe": "--recipe",
+    "scheme": "--scheme",
+    "group_size": "--group-size",
+    "format": "--format",
+    "kv_cache": "--kv-cache",
+    "ignore": "--ignore",
+}
+"""The options of `quantize` that say what a recipe says, by its keys."""
 
 
 def wish_from(
@@ -131,29 +155,28 @@ def wish_from(
     file_format: str | None,
     kv_cache: str | None,
     ignore: Sequence[str],
+    flags: Mapping[str, str] = FLAGS,
 ) -> Wish:
-    """What a recipe and the flags ask for together.
+    """What a recipe and options ask for together; `flags` are what these are called.
 
     Raises:
         UsageError: they contradict each other, or one of them is wrong.
     """
     document: dict[str, Any] = {} if recipe is None else read_recipe(recipe)
-    where = "--scheme" if recipe is None else str(recipe)
-    flags = {"scheme": scheme, "group_size": group_size, "format": file_format}
-    for key, value in {**flags, "kv_cache": kv_cache}.items():
-        if value is None:
-            continue
+    values = {"scheme": scheme, "group_size": group_size, "format": file_format}
+    given = {key: v for key, v in {**values, "kv_cache": kv_cache}.items() if v is not None}
+    for key, value in given.items():
         if document.get(key) not in (None, value):
-            flag = "--" + key.replace("_", "-")
             raise UsageError(
-                f"{flag} {value}, and {recipe} says {document[key]!r:.40}", hint=f"leave out {flag}"
+                f"{flags[key]} {value}, and {recipe} says {document[key]!r:.40}",
+                hint=f"leave out {flags[key]}",
             )
         document[key] = value
     if recipe is None and scheme is None:
         if kv_cache is None or group_size is not None:
             raise UsageError(
-                "neither --scheme nor --recipe says what to make of the model",
-                hint="--scheme fp8-channel, for example",
+                f"neither {flags['scheme']} nor {flags['recipe']} says what to make of the model",
+                hint=f"{flags['scheme']} fp8-channel, for example",
             )
         raise UsageError(
             f"--kv-cache {kv_cache} goes with a scheme of weights",
@@ -161,7 +184,9 @@ def wish_from(
         )
     if kv_cache is not None and kv_cache not in KV_CACHE:
         raise UsageError(f"there is no --kv-cache {kv_cache!r}", hint=", ".join(KV_CACHE))
-    return wish_of(document, where, ignore=ignore)
+    where = flags["scheme"] if recipe is None else str(recipe)
+    named = {key: flags[key] for key in (*given, "ignore")}
+    return wish_of(document, where, ignore=ignore, flags=named)
 
 
 def calibration_from(
@@ -173,8 +198,11 @@ def calibration_from(
     length: int,
     seed: int,
     useful: bool,
+    dry_run: bool = False,
 ) -> "CalibrationOptions | None":
     """What values are chosen with; None if none is needed, or wanted for what else it is `useful`.
+
+    A `dry_run` chooses none, and goes without.
 
     Raises:
         UsageError: there is no text, and something needs it; or there is, and nothing does.
@@ -182,7 +210,7 @@ def calibration_from(
     from tightfit.quantize.calibration import CalibrationOptions, is_needed
 
     needed = is_needed(wish, method)
-    if not texts and not needed:
+    if not texts and (dry_run or not needed):
         return None
     if not texts:
         raise UsageError(
@@ -195,7 +223,7 @@ def calibration_from(
             hint="leave it out, or choose --method gptq, awq or smoothquant",
         )
     for text in texts:
-        if not text.is_file():
+        if not os.path.isfile(text):
             raise UsageError(f"there is no calibration text {text}", hint="check the path")
     return CalibrationOptions(texts=tuple(texts), samples=samples, length=length, seed=seed)
 
@@ -207,7 +235,7 @@ def read_text(path: Path) -> str:
         UsageError: it cannot be read, or is no UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
@@ -216,15 +244,25 @@ def read_text(path: Path) -> str:
 
 
 def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
-    """What values depend on beside the weights, without a word of the text."""
+    """What values depend on beside the weights, without a word of the text.
+
+    Raises:
+        UsageError: a text cannot be read.
+    """
     import xxhash
 
     digests = []
     for text in options.texts:
         digest = xxhash.xxh3_128()
-        with open(text, "rb") as file:
-            while data := file.read(2**20):
-                digest.update(data)
+        try:
+            with open(text, "rb") as file:
+                while data := file.read(2**20):
+                    digest.update(data)
+        except OSError as error:
+            raise UsageError(
+                f"cannot read the calibration text {text}: {error.strerror or error}",
+                hint="check the path and its permissions",
+            ) from None
         digests.append(digest.hexdigest())
     return {
         "backend": backend,
@@ -236,7 +274,7 @@ def fingerprint(options: "CalibrationOptions", backend: str) -> dict[str, Any]:
 
 
 def _reason(wish: Wish, method: str) -> str:
-    if method not in ("rtn", "mse"):
+    if method not in DATA_FREE:
         return f"--method {method}"
     if wish.kv_cache:
         return "--kv-cache fp8"

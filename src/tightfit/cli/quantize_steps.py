@@ -1,11 +1,11 @@
 """What `quantize` does, one after the other: find a recipe, calibrate, write, measure."""
 
-import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -15,7 +15,7 @@ from tightfit.errors import UsageError
 from tightfit.executors import Executor
 from tightfit.model.quantization.written import Wish
 from tightfit.quantize.admission import lost_sizes
-from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed
+from tightfit.quantize.calibration import CalibrationOptions, calibrate, is_needed, promised_scales
 from tightfit.quantize.calibration.directory import (
     LAYERS,
     OPTIMUM,
@@ -27,8 +27,8 @@ from tightfit.quantize.calibration.directory import (
 from tightfit.quantize.calibration.samples import token_windows
 from tightfit.quantize.calibration.state import has_begun
 from tightfit.quantize.computed_source import Kept
-from tightfit.quantize.job import QuantizeJob, prepare
-from tightfit.quantize.write import WriteJob, is_there, write, write_job
+from tightfit.quantize.job import QuantizeJob, matching_nothing, prepare
+from tightfit.quantize.write import WriteJob, check_out, is_there, write, write_job
 
 if TYPE_CHECKING:
     from tightfit.quantize.budget import FittedRecipe
@@ -48,6 +48,7 @@ class Asked:
     max_shard_bytes: int
     resume: bool
     dry_run: bool
+    quiet: bool
     evaluate: Path | None
     report: Path | None
     sensitivity: bool
@@ -68,6 +69,8 @@ class Asked:
             length=self.length,
             seed=self.seed,
             useful=self.sensitivity or self.budget_bytes is not None,
+            # A recipe that is yet to be found depends on the text.
+            dry_run=self.dry_run and wish is not None,
         )
 
 
@@ -98,71 +101,20 @@ def carry_out(
     Raises:
         TightfitError: as `prepare`, `calibrate`, `write` and what measures.
     """
-    size, budget = asked.for_tp or 1, None
-    text = _checked_text(checkpoint, asked)
-    if wish is None:
-        from tightfit.quantize.budget import fit_budget
-
-        assert asked.budget_bytes is not None
-        budget = fit_budget(
-            checkpoint,
-            asked.budget_bytes,
-            ignored=asked.ignored,
-            tensor_parallel_size=size,
-            search=asked.method == "mse",
-            calibration=asked.calibration(None),
-            progress=bars,
-        )
-        wish = budget.wish
-    options = asked.calibration(wish)
-    job = prepare(checkpoint, wish, method=asked.method, tensor_parallel_size=size)
-    for remark in _remarks(job, asked):
-        warn(remark)
-    calibrated = options if is_needed(wish, asked.method) else None
-    measured = asked.evaluate is not None or asked.report is not None or asked.sensitivity
-    if asked.dry_run and calibrated is not None and measured:
-        raise UsageError(
-            "nothing is calibrated in a dry run, so there is nothing to measure",
-            hint="leave out --dry-run, or --evaluate, --report and --sensitivity",
-        )
-    if asked.sensitivity and options is not None and calibrated is None:
-        # Only for its refusal, which would else come when all is written.
-        token_windows(checkpoint, options)
-    known = {} if calibrated is None else fingerprint(calibrated, asked.backend)
-    files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
-    written, fresh = None, not asked.dry_run
+    # Whatever can be refused is refused before hours of work.
     if not asked.dry_run:
-        if calibrated is None:
-            fresh = _write(files, asked, executor, bars)
-        elif is_there(files, asked.out, bars, resume=asked.resume):
-            fresh = False
-        else:
-            with _calibration_directory(asked) as directory:
-                given = _given(job, calibrated, directory, asked, bars)
-                job = prepare(
-                    checkpoint, wish, method=asked.method, tensor_parallel_size=size, given=given
-                )
-                files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
-                _write(files, asked, executor, bars)
-        written = open_checkpoint(asked.out)
-    quality = sensitivity = None
-    if asked.report is not None or asked.sensitivity:
-        from tightfit.quantize.quality import measure
-
-        quality = measure(job, written, progress=bars)
-    if asked.sensitivity:
-        assert quality is not None
-        sensitivity = _sensitivity(job, written, quality, options, bars)
-    if asked.report is not None:
-        assert quality is not None
-        from tightfit.cli.report.quality import write_quality_report
-
-        write_quality_report(
-            asked.report,
-            quality.to_json(),
-            sensitivity=None if sensitivity is None else sensitivity.to_json(),
-            budget=None if budget is None else budget.to_json(),
-        )
+        check_out(checkpoint, asked.out, resume=asked.resume)
+    text = _checked_text(checkpoint, asked)
+    budget = None
+    if wish is None:
+        budget = _fitted(checkpoint, asked, bars)
+        wish = budget.wish
+    job = _job(checkpoint, wish, asked)
+    options = asked.calibration(wish)
+    _check_measures(job, options, asked)
+    job, files, fresh = _carried_out(job, options, asked, executor, bars)
+    written = None if asked.dry_run else open_checkpoint(asked.out)
+    quality, sensitivity = _measured(job, written, options, budget, asked, bars)
     return Done(
         job=job,
         files=files,
@@ -172,6 +124,122 @@ def carry_out(
         sensitivity=sensitivity,
         perplexity=None if text is None else _perplexity(job, written or job.virtual, text, bars),
     )
+
+
+def _fitted(checkpoint: Checkpoint, asked: Asked, bars: NoProgress) -> "FittedRecipe":
+    """The best recipe that is small enough."""
+    from tightfit.quantize.budget import fit_budget
+
+    assert asked.budget_bytes is not None
+    return fit_budget(
+        checkpoint,
+        asked.budget_bytes,
+        ignored=asked.ignored,
+        tensor_parallel_size=asked.for_tp or 1,
+        search=asked.method == "mse",
+        calibration=asked.calibration(None),
+        progress=bars,
+    )
+
+
+def _job(checkpoint: Checkpoint, wish: Wish, asked: Asked) -> QuantizeJob:
+    """What is to be done, with what there is to say of it."""
+    job = _prepared(checkpoint, wish, asked)
+    for remark in () if asked.quiet or asked.for_tp is not None else _lost_sizes(job):
+        warn(remark)
+    for remark in matching_nothing(job, asked.ignored):
+        warn(remark)
+    return job
+
+
+def _prepared(
+    checkpoint: Checkpoint,
+    wish: Wish,
+    asked: Asked,
+    given: Mapping[str, Kept] = MappingProxyType({}),
+) -> QuantizeJob:
+    size = asked.for_tp or 1
+    return prepare(checkpoint, wish, method=asked.method, tensor_parallel_size=size, given=given)
+
+
+def _check_measures(job: QuantizeJob, options: CalibrationOptions | None, asked: Asked) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        UsageError: a dry run does not calibrate, or there is too little text.
+    """
+    needed = is_needed(job.wish, asked.method)
+    measured = asked.evaluate is not None or asked.report is not None or asked.sensitivity
+    if asked.dry_run and needed and measured:
+        raise UsageError(
+            "nothing is calibrated in a dry run, so there is nothing to measure",
+            hint="leave out --dry-run, or --evaluate, --report and --sensitivity",
+        )
+    if asked.sensitivity and options is not None and not needed:
+        # Only for its refusal, which would else come when all is written.
+        token_windows(job.checkpoint, options)
+
+
+def _carried_out(
+    job: QuantizeJob,
+    options: CalibrationOptions | None,
+    asked: Asked,
+    executor: Executor | None,
+    bars: NoProgress,
+) -> tuple[QuantizeJob, WriteJob, bool]:
+    """The job with all that it depends on, its files, and whether any was written."""
+    calibrated = options if is_needed(job.wish, asked.method) else None
+    if asked.dry_run and job.wish.kv_cache:
+        job = _prepared(job.checkpoint, job.wish, asked, promised_scales(job))
+    known = {} if calibrated is None else fingerprint(calibrated, asked.backend)
+    files = write_job(job, max_shard_bytes=asked.max_shard_bytes, calibration=known)
+    if asked.dry_run:
+        return job, files, False
+    if calibrated is None:
+        return job, files, _write(files, asked, executor, bars)
+    files = files.noted()
+    if is_there(files, asked.out, bars):
+        return job, files, False
+    with _calibration_directory(asked) as directory:
+        given = _given(job, calibrated, directory, asked, bars)
+        job = _prepared(job.checkpoint, job.wish, asked, given)
+        files = write_job(
+            job,
+            max_shard_bytes=asked.max_shard_bytes,
+            calibration=known,
+            origin_states=files.origin_states,
+        )
+        _write(files, asked, executor, bars)
+    return job, files, True
+
+
+def _measured(
+    job: QuantizeJob,
+    written: Checkpoint | None,
+    options: CalibrationOptions | None,
+    budget: "FittedRecipe | None",
+    asked: Asked,
+    bars: NoProgress,
+) -> "tuple[Quality | None, Sensitivity | None]":
+    """Errors of matrices and damage by layers, with a page of them, as far as they are wanted."""
+    if asked.report is None and not asked.sensitivity:
+        return None, None
+    from tightfit.quantize.quality import measure
+
+    quality = measure(job, written, progress=bars)
+    sensitivity = None
+    if asked.sensitivity:
+        sensitivity = _sensitivity(job, written, quality, options, bars)
+    if asked.report is not None:
+        from tightfit.cli.report.quality import write_quality_report
+
+        write_quality_report(
+            asked.report,
+            quality.to_json(),
+            sensitivity=None if sensitivity is None else sensitivity.to_json(),
+            budget=None if budget is None else budget.to_json(),
+        )
+    return quality, sensitivity
 
 
 def _checked_text(checkpoint: Checkpoint, asked: Asked) -> str | None:
@@ -258,18 +326,14 @@ def _perplexity(
     return measured("before", job.checkpoint), measured("after", quantized)
 
 
-def _remarks(job: QuantizeJob, asked: Asked) -> Iterator[str]:
-    """What stops nothing."""
-    if asked.for_tp is None:
-        lost = lost_sizes(job.spec, job.wish, job.decisions)
-        if lost:
-            sizes = " and ".join(map(str, lost))
-            first = next(iter(lost.values()))
-            yield (
-                f"the model can be cut for tensor parallel size {sizes}, and not when quantized "
-                f"like this: {first}; {first.remedy} (--for-tp checks a size)"
-            )
-    names = [*job.decisions, *job.checkpoint.tensors()]
-    for pattern in asked.ignored:
-        if not any(re.search(pattern, name) for name in names):
-            yield f"--ignore {pattern!r} matches nothing"
+def _lost_sizes(job: QuantizeJob) -> Iterator[str]:
+    """What the model allows, and its quantized form does not."""
+    lost = lost_sizes(job.spec, job.wish, job.decisions)
+    if lost:
+        *others, last = map(str, lost)
+        sizes = f"{', '.join(others)} and {last}" if others else last
+        first, largest = next(iter(lost.values())), next(reversed(lost.values()))
+        yield (
+            f"the model can be cut for tensor parallel size {sizes}, and not when quantized like "
+            f"this: {first.refusals[0]}; {largest.remedy} (--for-tp checks a size)"
+        )

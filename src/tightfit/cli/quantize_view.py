@@ -61,14 +61,17 @@ def refused(error: RefusedError, model: str, out: str) -> dict[str, Any]:
         "output": out,
         "written": False,
         "refusals": refusals,
+        "remedy": error.remedy,
     }
 
 
 def show_refusals(error: RefusedError) -> None:
-    """One line for each, and one that says what would do."""
+    """One line for each, one that says what would do for it, and one for all of them at once."""
     for one in error.refusals:
         print(one_line(f"refused: {one} ({one.matrices:,} matrices, {one.scheme})"))
         print(one_line(f"  {one.remedy}"))
+    if len(error.refusals) > 1:
+        print(one_line(f"for all of these: {error.remedy}"))
 
 
 def show(done: "Done", asked: "Asked") -> None:
@@ -100,6 +103,8 @@ def show(done: "Done", asked: "Asked") -> None:
     if done.perplexity is not None:
         before, after = map(_spread, done.perplexity)
         _line(page, f"perplexity of {asked.evaluate}: {before} before, {after} after")
+    if asked.report is not None:
+        _line(page, f"wrote the errors of every matrix to {asked.report}")
     if not asked.dry_run:
         _line(page, f"next: {served(job, asked.out, asked.for_tp)}")
 

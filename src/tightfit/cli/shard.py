@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,22 +9,22 @@ import typer
 from tightfit.checkpoint.checkpoint import open_checkpoint
 from tightfit.checkpoint.source import is_remote, local_path_of
 from tightfit.cli import options as o
+from tightfit.cli.options import quantization as q
 from tightfit.cli.options import writing as w
 from tightfit.cli.options.layout import EnableExpertParallel, PipelineParallelSize
-from tightfit.cli.output import console, guarded, note, print_json, progress, warn
-from tightfit.cli.shard_quantized import METHODS, asked_from, computing, quantized
+from tightfit.cli.output import console, guarded, note, one_line, print_json, progress, warn
+from tightfit.cli.shard_quantized import SCHEMES, asked_from, computing, quantized
 from tightfit.cli.shards import served, served_with
 from tightfit.errors import UsageError
 from tightfit.executors import open_executor
-from tightfit.model.quantization.written import FORMATS, SCHEMES
 from tightfit.model.stored import DEFAULT_LAYOUT, LAYOUTS, stored_layout
+from tightfit.quantize.recipe_file import DATA_FREE
 from tightfit.sharding.proof.vllm_load import show_versions
 from tightfit.sharding.ranks import parse_ranks, show_ranks
 from tightfit.sharding.shard import ShardJob, prepare
 from tightfit.sharding.shard import shard as write
+from tightfit.sharding.side_files import left_behind
 from tightfit.units import format_bytes
-
-_QUANTIZATION = "Quantization"
 
 
 @guarded
@@ -57,52 +56,20 @@ def shard(
         str | None,
         typer.Option(
             metavar="SCHEME",
-            rich_help_panel=_QUANTIZATION,
+            rich_help_panel=q.PANEL,
             help="Quantize on the way: " + ", ".join(SCHEMES) + ".",
             show_default=False,
         ),
     ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=_QUANTIZATION,
-            help="Inputs that share a scale; -1 for whole rows.",
-            show_default="128",
-        ),
-    ] = None,
-    file_format: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            metavar="|".join(FORMATS),
-            rich_help_panel=_QUANTIZATION,
-            help="As which engines load it.",
-            show_default=FORMATS[0],
-        ),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            rich_help_panel=_QUANTIZATION,
-            help="As of `quantize`, in place of one scheme.",
-            show_default=False,
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="REGEX",
-            rich_help_panel=_QUANTIZATION,
-            help="Leave matching modules as they are; repeatable.",
-            show_default=False,
-        ),
-    ] = None,
+    group_size: q.GroupSize = None,
+    file_format: q.FileFormat = None,
+    recipe: q.Recipe = None,
+    ignore: q.Ignore = None,
     method: Annotated[
         str | None,
         typer.Option(
-            metavar="|".join(METHODS),
-            rich_help_panel=_QUANTIZATION,
+            metavar="|".join(DATA_FREE),
+            rich_help_panel=q.PANEL,
             help="How values are chosen.",
             show_default="rtn",
         ),
@@ -128,6 +95,7 @@ def shard(
     stages = 1 if pipeline_parallel_size is None else pipeline_parallel_size
     if not 1 <= stages <= 1024:
         raise UsageError(f"--pipeline-parallel-size {stages} is out of range", hint="at least 1")
+    w.check_out(out)
     size = w.shard_bytes(max_shard_size)
     chosen = stored_layout(layout)
     asked = asked_from(
@@ -153,9 +121,11 @@ def shard(
         bundles={} if made is None else made.bundles,
         quantized={} if made is None else made.document,
     )
-    for text in (*job.notes, *_dropped(job)):
+    remarks = () if made is None else made.remarks
+    for text in (*left_behind(checkpoint), *job.notes, *_dropped(job), *remarks):
         warn(text)
     missing: tuple[int, ...] = ()
+    fresh = not dry_run
     if not dry_run:
         with (
             open_executor(executor, "shard", ray_address=ray_address, notice=warn) as spread,
@@ -170,15 +140,16 @@ def shard(
                         f"--executor {executor} writes to a shared directory, and not to {out}",
                         hint="start `tightfit shard OUT --ranks ...` on each machine instead",
                     )
-                manifest = shard_to(job, out, bars, resume=resume, notice=note)
+                done = shard_to(job, out, bars, resume=resume, notice=note)
             else:
                 path = local_path_of(out)
-                manifest = write(job, path, bars, resume=resume, executor=spread)
-            missing = manifest.missing_ranks
+                done = write(job, path, bars, resume=resume, executor=spread)
+            missing, fresh = done.manifest.missing_ranks, done.fresh
     if as_json:
-        print_json(_document(job, out, dry_run, missing))
+        print_json(_document(job, out, fresh, missing))
     elif dry_run or not quiet:
-        _show(job, out, dry_run, missing, "" if asked is None else asked.wish.label)
+        verb = "would write" if dry_run else "wrote" if fresh else ""
+        _show(job, out, verb, missing, "" if asked is None else asked.wish.label)
 
 
 def _dropped(job: ShardJob) -> Iterator[str]:
@@ -198,12 +169,12 @@ def _dropped(job: ShardJob) -> Iterator[str]:
         )
 
 
-def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) -> dict[str, Any]:
+def _document(job: ShardJob, out: str, fresh: bool, missing: tuple[int, ...]) -> dict[str, Any]:
     return {
         "schema": 1,
         "model": job.checkpoint.name,
         "output": out,
-        "written": not dry_run,
+        "written": fresh,
         **({"quantized": dict(job.quantized)} if job.quantized else {}),
         "layout": job.layout.name,
         "tensor_parallel_size": job.parallel.tensor_parallel_size,
@@ -224,7 +195,8 @@ def _document(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...]) 
     }
 
 
-def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...], scheme: str) -> None:
+def _show(job: ShardJob, out: str, verb: str, missing: tuple[int, ...], scheme: str) -> None:
+    """What was done; without a `verb` it was done before."""
     from rich.table import Table
     from rich.text import Text
 
@@ -235,24 +207,24 @@ def _show(job: ShardJob, out: str, dry_run: bool, missing: tuple[int, ...], sche
     for part in job.parts:
         table.add_row(part.name, f"{len(part.placed):,}", format_bytes(part.nbytes))
     page = console()
-    verb = "would write" if dry_run else "wrote"
     ranks, size = len(job.ranks), job.parallel.world_size
     files = "1 file" if len(job.parts) == 1 else f"{len(job.parts)} files"
-    summary = (
-        f"{verb} {files}, {format_bytes(job.output_bytes)}, for {ranks} "
-        f"{f'of {size} ' if ranks < size else ''}rank{'s' if size > 1 else ''} to {out}"
-        + (f", quantized: {scheme}" if scheme else "")
+    what = (
+        f"{files}, {format_bytes(job.output_bytes)}, for {ranks} "
+        f"{f'of {size} ' if ranks < size else ''}rank{'s' if size > 1 else ''}"
     )
+    summary = f"{verb} {what} to {out}" if verb else f"{out} holds all of it already: {what}"
+    summary += f", quantized: {scheme}" if scheme else ""
     page.print(table)
-    page.print(Text(summary), soft_wrap=True)
+    page.print(Text(one_line(summary)), soft_wrap=True)
     if missing:
         page.print(Text(f"not whole yet; missing ranks: {show_ranks(missing)}"))
-    elif dry_run and job.layout.name.startswith("vllm"):
+    elif verb == "would write" and job.layout.name.startswith("vllm"):
         flags = served_with(job.parallel)
         text = f"vLLM {show_versions(job.layout)} would load it with {flags}"
         page.print(Text(text), soft_wrap=True)
-    elif not dry_run and (command := _next(job, out)) is not None:
-        page.print(Text(f"next: {command}"), soft_wrap=True)
+    elif verb != "would write" and (command := _next(job, out)) is not None:
+        page.print(Text(one_line(f"next: {command}")), soft_wrap=True)
 
 
 def _next(job: ShardJob, out: str) -> str | None:

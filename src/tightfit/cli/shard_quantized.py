@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.checkpoint.checkpoint import Checkpoint
-from tightfit.cli.quantize_request import require_packages, wish_from
+from tightfit.cli.quantize_request import FLAGS, require_packages, wish_from
 from tightfit.errors import UsageError
+from tightfit.model.quantization import written
 from tightfit.model.quantization.written import Wish
+from tightfit.quantize.recipe_file import DATA_FREE, METHODS, document_of, wish_of
 
-METHODS = ("rtn", "mse")
-"""Those that need no data."""
+SCHEMES = tuple(scheme for scheme in written.SCHEMES if scheme != "nvfp4")
+"""Those that need no data: activations of the others have calibrated scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class OnTheWay:
     """What is to become of the weights on the way."""
 
     wish: Wish
     method: str
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class Quantized:
     checkpoint: Checkpoint
     document: Mapping[str, Any]
     bundles: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
 
 
 def asked_from(
@@ -43,11 +47,13 @@ def asked_from(
     file_format: str | None,
     ignore: Sequence[str],
     method: str | None,
-) -> Asked | None:
+) -> OnTheWay | None:
     """What the flags ask for together; None if the weights stay as they are.
 
     Raises:
-        UsageError: they contradict each other, or what they ask for needs calibration.
+        UsageError: they contradict each other, or what they ask for needs calibration, or is
+            unknown.
+        MissingExtraError: torch is not installed.
     """
     details = {
         "--group-size": group_size,
@@ -67,36 +73,40 @@ def asked_from(
         file_format=file_format,
         kv_cache=None,
         ignore=ignore,
+        flags={**FLAGS, "scheme": "--quantize"},
     )
-    method = METHODS[0] if method is None else method
-    if method not in METHODS or wish.kv_cache or any(c.scheme == "nvfp4" for c in wish.choices):
-        what = f"--method {method}" if method not in METHODS else wish.label
+    method = DATA_FREE[0] if method is None else method
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}", hint="--method " + "|".join(DATA_FREE))
+    has_static = any(choice.scheme not in SCHEMES for choice in wish.choices)
+    if method not in DATA_FREE or wish.kv_cache or has_static:
+        what = f"--method {method}" if method not in DATA_FREE else wish.label
         what = "a quantized KV cache" if wish.kv_cache else what
         raise UsageError(
             f"{what} needs calibration, and `shard` has no data",
             hint="`tightfit quantize` first, and shard its output",
         )
-    return Asked(wish=wish, method=method)
+    require_packages("shard --quantize")
+    return OnTheWay(wish=wish, method=method, ignored=tuple(ignore))
 
 
-def quantized(checkpoint: Checkpoint, asked: Asked) -> Quantized:
-    """The quantized checkpoint, of which nothing is computed yet.
+def quantized(checkpoint: Checkpoint, asked: OnTheWay) -> Quantized:
+    """The quantized checkpoint, of which nothing is computed yet; torch has to be installed.
 
     Raises:
-        MissingExtraError: torch is not installed.
         TightfitError: as `quantize.job.prepare`.
     """
-    require_packages()
     from tightfit.quantize.computed_source import ComputedSource
-    from tightfit.quantize.job import prepare
-    from tightfit.quantize.recipe_file import document_of
+    from tightfit.quantize.job import matching_nothing, prepare
 
-    virtual = prepare(checkpoint, asked.wish, method=asked.method).virtual
+    job = prepare(checkpoint, asked.wish, method=asked.method)
+    virtual = job.virtual
     assert isinstance(virtual.source, ComputedSource)
     return Quantized(
         checkpoint=virtual,
         document={"method": asked.method, **document_of(asked.wish)},
         bundles=virtual.source.bundles(),
+        remarks=tuple(matching_nothing(job, asked.ignored)),
     )
 
 
@@ -114,10 +124,10 @@ def again(checkpoint: Checkpoint, document: Mapping[str, Any], where: str) -> Ch
 
     Raises:
         UsageError: the manifest is of another version of tightfit.
+        MissingExtraError: torch is not installed.
         TightfitError: as `quantize.job.prepare`.
     """
-    from tightfit.quantize.recipe_file import wish_of
-
+    require_packages("verify")
     recipe = {name: value for name, value in document.items() if name != "method"}
-    asked = Asked(wish=wish_of(recipe, where), method=str(document.get("method")))
+    asked = OnTheWay(wish=wish_of(recipe, where), method=str(document.get("method")))
     return quantized(checkpoint, asked).checkpoint

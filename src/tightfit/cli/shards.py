@@ -1,5 +1,6 @@
 """MODEL as an output of `tightfit shard`: its manifest, and the layout that it was cut for."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ def read_shards(model: str) -> "Manifest | None":
     """
     directory = Path(model)
     patterns = ("model-rank-*-part-*.safetensors", "model-pp-*-tp-*-part-*.safetensors")
-    if not directory.is_dir() or not any(list(directory.glob(pattern)) for pattern in patterns):
+    if not os.path.isdir(directory) or not any(
+        list(directory.glob(pattern)) for pattern in patterns
+    ):
         return None
     from tightfit.sharding.manifest import read_manifest
 
@@ -98,20 +101,17 @@ def served_with(layout: "Parallel | Manifest", load_format: str = "sharded_state
 
 
 def require_runnable(manifest: "Manifest", where: str) -> None:
-    """Refuse files that our own runtime cannot serve, which has neither stages nor dealt experts.
+    """Refuse files that our own runtime cannot serve, which cuts experts and does not deal them.
 
     Raises:
         UnsupportedModelError: the files are of such a layout.
     """
-    size, stages = manifest.tensor_parallel_size, manifest.pipeline_parallel_size
-    if stages > 1:
-        why = f"into {stages} pipeline stages"
-    elif manifest.expert_parallel:
-        why = "with whole experts for each rank"
-    else:
+    if not manifest.expert_parallel:
         return
+    size = manifest.tensor_parallel_size
     raise UnsupportedModelError(
-        f"{where} was cut {why}, and the built-in runtime has tensor parallel ranks only",
-        hint=f"`tightfit shard {where} OUT2 --tensor-parallel-size {size * stages}` cuts it again "
+        f"{where} was cut with whole experts for each rank, and the built-in runtime gives every "
+        "rank a slice of each",
+        hint=f"`tightfit shard {where} OUT2 --tensor-parallel-size {size}` cuts it again "
         f"for that; or serve it with `{served(where, manifest)}`",
     )

@@ -16,6 +16,10 @@ from tightfit.planner.sweep import Point, Sweep
 from tightfit.units import GiB, format_bytes
 
 _SHOWN = 12
+_ANY = 10_000
+"""Columns of a page without end."""
+_PAGE = 60
+"""Columns that figures need."""
 
 
 def _plain() -> Table:
@@ -24,21 +28,39 @@ def _plain() -> Table:
 
 def render_sweep(result: Sweep, console: Console) -> None:
     """One row per point; one that cannot be says why."""
-    table = _plain()
-    for axis in result.axes:
-        table.add_column(axis.name, overflow="fold", min_width=len(axis.name))
-    table.add_column("fits")
-    for name in ("KV tokens", "concurrency", "spare GiB", "longest"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _sweep_table(result)
+    if console.measure(table, options=console.options.update(max_width=_ANY)).maximum > (
+        console.width
+    ):
+        table = _sweep_table(result, narrow=True, whole=console.width >= _PAGE)
     # A reason is a sentence: it gets a line of its own, not a column as wide.
     reasons: dict[str, list[int]] = {}
     for number, point in enumerate(result.points, 1):
         if point.error is not None:
             reasons.setdefault(point.error.message, []).append(number)
-        table.add_row(*(_value(value) for value in point.options.values()), *_outcome(point))
     console.print(table)
     for message, numbers in reasons.items():
         console.print(Text(f"cannot be ({_rows(numbers)}): {message}", style="yellow"))
+
+
+def _sweep_table(result: Sweep, *, narrow: bool = False, whole: bool = True) -> Table:
+    """Names of columns are broken where the page is narrow, and if need be figures as well.
+
+    Args:
+        result: what there is to show.
+        narrow: break names.
+        whole: but no figures.
+    """
+    table = _plain()
+    for axis in result.axes:
+        table.add_column(axis.name.replace("_", "_\n") if narrow else axis.name, overflow="fold")
+    table.add_column("fits", overflow="fold")
+    for name in ("KV tokens", "concurrency", "spare GiB", "longest"):
+        name = name.replace(" ", "\n") if narrow else name
+        table.add_column(name, justify="right", no_wrap=whole, overflow="fold")
+    for point in result.points:
+        table.add_row(*(_value(value) for value in point.options.values()), *_outcome(point))
+    return table
 
 
 def _rows(numbers: Sequence[int]) -> str:

@@ -95,11 +95,6 @@ def verify(
             )
         _verify_quantized(place, directory, against, quiet=quiet, as_json=as_json)
         return
-    if place.exists("tightfit-quantize.journal"):
-        raise VerificationError(
-            f"{directory} is an unfinished output of `tightfit quantize`",
-            hint="the same command with --resume goes on with it",
-        )
     require_manifest(place)
     manifest = read_manifest(place)
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
@@ -155,6 +150,8 @@ def _verify_quantized(
     else:
         _show_problems(directory, report.problems)
     if not report.ok:
+        if against is not None and not as_json:
+            print(one_line(f"{directory} was quantized from {report.manifest.source_name}"))
         raise typer.Exit(ExitCode.FINDING)
     if not as_json:
         compared = ", every byte as its source gives it" if report.compared_with_source else ""
@@ -217,11 +214,12 @@ def _show(directory: str, report: Report, *, asked_to_load: bool) -> None:
         cut = f"tensor parallel size {manifest.tensor_parallel_size}"
         cut += f", {stages} pipeline stages" if stages > 1 else ""
         cut += ", whole experts on each rank" if manifest.expert_parallel else ""
-        print(
+        text = (
             f"verified: {directory} is whole: {files} file{'s' if files > 1 else ''}, "
             f"{report.tensors:,} tensors, {format_bytes(report.nbytes)}, for {cut} in layout "
             f"{manifest.layout}{compared}"
         )
+        print(one_line(text))
     elif asked_to_load:
         print("not loaded in vLLM, which does not see most of such problems")
 
@@ -233,4 +231,5 @@ def _show_problems(directory: str, problems: Sequence[str]) -> None:
         print(f"... and {len(problems) - _MOST_PROBLEMS:,} more, which --json has")
     if problems:
         count = len(problems)
-        print(f"verification failed: {count} problem{'s' if count > 1 else ''} in {directory}")
+        text = f"verification failed: {count} problem{'s' if count > 1 else ''} in {directory}"
+        print(one_line(text))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tightfit.checkpoint.header import encode_header
-from tightfit.checkpoint.writer import OutputDirectory
+from tightfit.demo.output import OutputDirectory
 
 WEIGHTS = "model.safetensors"
 FILES = (

@@ -15,8 +15,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tightfit.checkpoint.disk import check_free_space
 from tightfit.checkpoint.header import read_header
-from tightfit.checkpoint.writer import check_free_space
 from tightfit.demo.cache import cache_directory, cached
 from tightfit.demo.gguf import convert_llama
 from tightfit.demo.hf import FILES, WEIGHTS

@@ -11,7 +11,9 @@ OptionalModel = Annotated[
     str | None, typer.Argument(metavar="MODEL", help=_HELP, show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no remarks.")]
+Quiet = Annotated[
+    bool, typer.Option("-q", "--quiet", help="No progress or remarks; warnings stay.")
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub id.", show_default=False)
 ]

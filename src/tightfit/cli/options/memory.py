@@ -14,6 +14,23 @@ MaxModelLen = Annotated[
         show_default="the model's",
     ),
 ]
+AllowLongMaxModelLen = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-long-max-model-len/--no-allow-long-max-model-len",
+        rich_help_panel=_PANEL,
+        help="vLLM's environment variable VLLM_ALLOW_LONG_MAX_MODEL_LEN.",
+        show_default=False,
+    ),
+]
+HfOverrides = Annotated[
+    str | None,
+    typer.Option(
+        rich_help_panel=_PANEL,
+        help='JSON for keys of config.json, such as {"max_position_embeddings": 65536}.',
+        show_default=False,
+    ),
+]
 MaxNumSeqs = Annotated[
     int | None,
     typer.Option(rich_help_panel=_PANEL, help="Sequences in a batch.", show_default="engine's"),

@@ -34,6 +34,16 @@ RayAddress = Annotated[
 ]
 
 
+def check_out(out: str) -> None:
+    """Refuse what would be the current directory, and is nobody's wish.
+
+    Raises:
+        UsageError: there is no name.
+    """
+    if not out:
+        raise UsageError("the output is an empty string", hint="give a new directory, or its URL")
+
+
 def shard_bytes(max_shard_size: str) -> int:
     """The bytes of `--max-shard-size`.
 

@@ -58,7 +58,12 @@ def check_suffix(path: Path) -> None:
 
     Raises:
         UsageError: another suffix than .html, .svg and .png.
+        OutputError: there is no such directory.
     """
+    if not os.path.isdir(path.parent):
+        raise OutputError(
+            f"cannot write {path}: there is no directory {path.parent}", hint="create it first"
+        )
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(
             f"--report {path}: cannot write {path.suffix or 'a file without suffix'}",

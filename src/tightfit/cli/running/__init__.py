@@ -1,0 +1,1 @@
+"""What `tightfit run` does once its arguments are read: one module for each way of running."""
