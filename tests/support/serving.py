@@ -25,18 +25,19 @@ NAME = "small"
 MAX_MODEL_LEN = 512
 
 
-def session_of(model: Path, *, num_blocks: int = 64, max_num_seqs: int = 8) -> Session:
+def session_of(model: Path, *, world: World | None = None, **changes: Any) -> Session:
     """A rank that is ready to generate, with few blocks, so that sequences contend for them."""
     checkpoint = open_checkpoint(str(model))
-    options = EngineOptions(
-        dtype="F32",
-        max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=64,
-        num_blocks=num_blocks,
-    )
+    values: dict[str, Any] = {
+        "dtype": "F32",
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "num_blocks": 64,
+    }
+    options = EngineOptions(**(values | changes))
     spec = model_spec(checkpoint.config)
-    return start(checkpoint, spec, options, world=World(), needs_text=True)
+    return start(checkpoint, spec, options, world=world or World(), needs_text=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
