@@ -44,6 +44,13 @@ def keep_weights():
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, False)
 
 
+def wait_in_gloo():
+    """vLLM's own collectives spin in shared memory, for minutes where ranks outnumber the cores."""
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
+
+
 def run_rank(job, rank, port, results):
     answer = {"rank": rank}
     try:
@@ -57,6 +64,7 @@ def run_rank(job, rank, port, results):
         }
         from vllm import LLM, SamplingParams
 
+        wait_in_gloo()
         if "save" in job:
             keep_weights()
         several = {"distributed_executor_backend": "external_launcher"} if job["tp"] > 1 else {}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from tightfit.errors import UnsupportedModelError, UsageError
-from tightfit.model.blocks.attention import head_axes
+from tightfit.model.blocks.attention import Rope, head_axes
 from tightfit.model.blocks.mlp import DenseMLP, MoE
 from tightfit.model.layout import Rank
 from tightfit.model.spec import Layer, ModelSpec
@@ -124,7 +124,9 @@ def transformers_components(
     b = dtype_bytes(resolved.dtype.value)
     seqs, vocab = resolved.max_num_seqs.value, spec.vocab_size
     tokens = min(resolved.max_num_batched_tokens.value, seqs * resolved.max_model_len.value)
-    stream = 2 * tokens * spec.hidden_size * b
+    # Python's frames hold the embeddings, the input of a layer and its residual until they return.
+    stream = 3 * tokens * spec.hidden_size * b
+    tables = tokens * b * sum(2 * rope.rotary_dim for rope in _ropes(spec))
     name, largest = max(
         (stage for layer in dict.fromkeys(spec.layers) for stage in _stages(spec, layer, resolved)),
         key=lambda stage: stage[1],
@@ -132,7 +134,7 @@ def transformers_components(
     limit = resolved.asked.cpu_offload_gb * GiB
     moving = largest_layer(spec, resolved.dtype.value) if limit else 0
     moved = f" + an offloaded layer while it computes: {moving}" if moving else ""
-    activations = stream + largest + moving
+    activations = stream + tables + largest + moving
     heap = HEAP_BYTES if device == "cpu" else 0
     rows = min(seqs, max(1, SAMPLER_ELEMENTS // vocab))
     logits = seqs * vocab * (b + 4) + rows * vocab * SORT_BYTES
@@ -143,7 +145,8 @@ def transformers_components(
             planned_bytes=activations + heap,
             origin="derived",
             formula=f"estimated for transformers' code: T = {tokens}, H = {spec.hidden_size}, "
-            f"b = {b}; residual stream and its copy: {stream} + {name}: {largest}{moved}"
+            f"b = {b}; embeddings, input and residual of a layer: {stream} + sines and cosines: "
+            f"{tables} + {name}: {largest}{moved}"
             + (f" + {heap} that malloc keeps" if heap else ""),
             detail={ESTIMATED: 1},
         ),
@@ -180,6 +183,10 @@ def transformers_components(
         calibrated("cuda_context", "CUDA, its libraries and the kernels of the runtime"),
         calibrated("allocator_cache", "blocks of PyTorch's allocator that are partly used"),
     )
+
+
+def _ropes(spec: ModelSpec) -> set[Rope]:
+    return {rope for layer in spec.layers if (rope := layer.attention.rope) is not None}
 
 
 def _stages(spec: ModelSpec, layer: Layer, resolved: Resolved) -> Iterator[tuple[str, int]]:
