@@ -136,7 +136,7 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
     if measured:
         table.add_column("measured", justify="right")
         table.add_column("difference", justify="right")
-    table.add_column("how computed", overflow="fold")
+    table.add_column("how computed")
     whole = rank.budget_bytes or rank.total_bytes or 1
     for component in sorted(rank.components, key=lambda c: not c.inside_budget):
         color = _COLORS.get(component.name, _OTHER)
@@ -147,8 +147,7 @@ def _table(group: Sequence[RankPlan], *, measured: bool) -> Table:
         ]
         if measured:
             cells += _measured(component.planned_bytes, component.measured_bytes, size)
-        how = Text(_shortened(f"{component.origin}: {component.formula}"), style="dim")
-        table.add_row(*cells, how)
+        table.add_row(*cells, _how(component))
     return table
 
 
@@ -156,21 +155,18 @@ def _host_table(host: Sequence[Component]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("host, all processes")
     table.add_column("GiB", justify="right")
-    table.add_column("how computed", overflow="fold")
+    table.add_column("how computed")
     for component in host:
-        how = Text(_shortened(f"{component.origin}: {component.formula}"), style="dim")
-        table.add_row(f"  {component.name}", f"{component.planned_bytes / GiB:,.2f}", how)
+        table.add_row(
+            f"  {component.name}", f"{component.planned_bytes / GiB:,.2f}", _how(component)
+        )
     return table
 
 
-_FORMULA_LENGTH = 110
-
-
-def _shortened(formula: str) -> str:
-    """What fits in two lines; `--explain` prints the whole."""
-    if len(formula) <= _FORMULA_LENGTH:
-        return formula
-    return formula[:_FORMULA_LENGTH].rsplit(" ", 1)[0] + " ..."
+def _how(component: Component) -> Text:
+    """What fits in a line; `--explain` prints the whole."""
+    text = f"{component.origin}: {component.formula}"
+    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _measured(planned: int, measured: int | None, size: int) -> list[str]:
