@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -26,6 +28,8 @@ from tightfit.planner.kv_cache import kv_layout
 from tightfit.planner.kv_kinds import CacheDtypes, layer_kinds
 from tightfit.planner.weights import weights_component
 from tightfit.runtime.attention import sdpa
+from tightfit.runtime.loading.files import TensorFile
+from tightfit.runtime.loading.pages import FilePages, advise, forget
 from tightfit.runtime.memory.ledger import CpuLedger
 from tightfit.runtime.ranks.launch import launch_ranks
 from tightfit.units import MiB
@@ -192,6 +196,52 @@ def test_pages_of_libraries_belong_to_no_phase(tmp_path: Path) -> None:
     assert reading.transient_bytes == pytest.approx(0, abs=4 * MiB)
     assert using.kept_bytes == pytest.approx(32 * MiB, abs=4 * MiB)
     assert dropping.kept_bytes == pytest.approx(0, abs=MiB)
+
+
+def test_weights_count_although_the_kernel_drops_them(tmp_path: Path) -> None:
+    path, ledger = tmp_path / "model.safetensors", CpuLedger()
+    save_file({"used": torch.ones(32 * MiB), "other": torch.ones(8 * MiB)}, path)
+    file = TensorFile(path)
+    used = file.tensors["used"]
+    kept = used.offset, used.offset + used.nbytes
+    with ledger.phase("weights"):
+        file.populate(*kept)
+        file.drop_all_but([kept])
+        dropped_by_the_kernel(file.view(used))
+    dropped_by_the_kernel(file.view(used))
+    with ledger.phase("a step"):
+        assert file.view(used).sum() == 32 * MiB
+    dropped_by_the_kernel(file.view(used))
+    with ledger.phase("giving them back"):
+        forget(file.view(used)[: 16 * MiB])
+    weights, step, giving = ledger.readings.values()
+    assert weights.kept_bytes == pytest.approx(128 * MiB, abs=4 * MiB)
+    assert step.kept_bytes == pytest.approx(0, abs=4 * MiB)
+    assert step.transient_bytes == pytest.approx(0, abs=4 * MiB)
+    assert giving.kept_bytes == pytest.approx(-64 * MiB, abs=4 * MiB)
+
+
+def dropped_by_the_kernel(tensor: Tensor) -> None:
+    """As it does with pages that were not used for a while."""
+    start = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
+    stop = tensor.data_ptr() + tensor.nbytes
+    assert advise(start, stop - stop % mmap.PAGESIZE, mmap.MADV_DONTNEED)
+
+
+def test_ranges_of_pages() -> None:
+    rng, pages, marked = random.Random(1), FilePages(), set[int]()
+    for _ in range(2000):
+        start = rng.randrange(200)
+        stop = start + rng.randint(1, 40)
+        if rng.random() < 0.5:
+            pages.keep(start, stop)
+            marked.update(range(start, stop))
+        else:
+            pages.leave(start, stop)
+            marked.difference_update(range(start, stop))
+        ranges = pages.ranges
+        assert ranges == sorted(ranges)
+        assert [at for low, high in ranges for at in range(low, high)] == sorted(marked)
 
 
 def components(path: Path, **changes: Any) -> dict[str, int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty
 
 import own_configs
+import plain_cpu
 
 os.environ |= {
     "VLLM_TARGET_DEVICE": "cpu",
@@ -44,24 +45,6 @@ def keep_weights():
     layers.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, False)
 
 
-def wait_in_gloo():
-    """vLLM's own collectives spin in shared memory, for minutes where ranks outnumber the cores."""
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-
-    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda communicator: False
-
-
-def multiply_as_floats():
-    """PyTorch's product of 8-bit floats is a plain loop on CPUs: minutes for 512 tokens."""
-    import torch
-
-    def scaled_mm(a, b, *, scale_a, scale_b, bias=None, out_dtype=None):
-        product = (a.float() @ b.float()) * scale_a * scale_b
-        return (product if bias is None else product + bias).to(out_dtype)
-
-    torch._scaled_mm = scaled_mm
-
-
 def run_rank(job, rank, port, results):
     answer = {"rank": rank}
     try:
@@ -75,8 +58,6 @@ def run_rank(job, rank, port, results):
         }
         from vllm import LLM, SamplingParams
 
-        wait_in_gloo()
-        multiply_as_floats()
         if "save" in job:
             keep_weights()
         several = {"distributed_executor_backend": "external_launcher"} if job["tp"] > 1 else {}
@@ -163,6 +144,7 @@ def main():
     # vLLM inspects every architecture in a fresh interpreter, half a minute each; we are in one.
     registry._run_in_subprocess = lambda function: function()
     own_configs.prepare()
+    plain_cpu.prepare()
     context = multiprocessing.get_context("fork")
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tightfit.checkpoint.header import TensorInfo, read_header
 from tightfit.checkpoint.source import Source
 from tightfit.errors import CheckpointError
+from tightfit.runtime.loading.pages import MADV_POPULATE_READ, PAGES
 from tightfit.units import KiB
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -38,7 +39,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 """Safetensors' dtypes as torch's, as far as the runtime computes with them: some as their bits."""
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python's mmap has no name for it
 _PREFETCH_BYTES = 512 * KiB
 """The kernel cuts a request to what a device takes at once, and forgets the rest."""
 
@@ -101,6 +101,8 @@ class TensorFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._descriptor = os.dup(file.fileno())
                 weakref.finalize(self, os.close, self._descriptor)
+            self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+            PAGES.leave(self._address, self._address + len(self._map))
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {path}: {error.strerror or error}",
@@ -146,7 +148,7 @@ class TensorFile:
         """Make the pages of these bytes resident."""
         start -= start % mmap.PAGESIZE
         try:
-            self._map.madvise(_MADV_POPULATE_READ, start, stop - start)
+            self._map.madvise(MADV_POPULATE_READ, start, stop - start)
         except (OSError, ValueError):
             for page in range(start, stop, mmap.PAGESIZE):
                 self._map[page]
@@ -168,6 +170,9 @@ class TensorFile:
         for start, stop in [*sorted(kept), (len(self._map), len(self._map))]:
             self.drop(dropped, start)
             dropped = max(dropped, stop)
+            if stop > start:
+                first, last = start - start % mmap.PAGESIZE, stop + -stop % mmap.PAGESIZE
+                PAGES.keep(self._address + first, self._address + last)
 
 
 class FetchedFile:
@@ -231,16 +236,6 @@ class FetchedFile:
         """The tensor that a byte belongs to, and its first byte."""
         first = max(offset for offset in self._maps if offset <= at)
         return self._maps[first][0], first
-
-
-def forget(tensor: Tensor) -> None:
-    """Give back the memory of a tensor that nobody will look at again, though its map stays."""
-    start = tensor.data_ptr() + -tensor.data_ptr() % mmap.PAGESIZE
-    stop = tensor.data_ptr() + tensor.nbytes
-    stop -= stop % mmap.PAGESIZE
-    libc = ctypes.CDLL(None)
-    if stop > start and hasattr(mmap, "MADV_DONTNEED") and hasattr(libc, "madvise"):
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def _truncated(name: str, byte: int) -> CheckpointError:

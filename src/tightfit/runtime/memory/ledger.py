@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tightfit.errors import UnsupportedModelError
+from tightfit.runtime.loading.pages import PAGES
 from tightfit.units import KiB, MiB
 
 _STATUS = Path("/proc/self/status")
@@ -127,6 +128,7 @@ class CpuLedger:
     def _settle(self) -> None:
         if hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
+        PAGES.restore()
 
 
 def status_bytes(field: str) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tightfit.planner.engines.builtin_quantized import int4_group
 from tightfit.runtime.layers import Matrix, Weights
-from tightfit.runtime.loading.files import forget
+from tightfit.runtime.loading.pages import forget
 from tightfit.runtime.loading.parameters import QuantizedWeight, RankParameters
 from tightfit.runtime.quantized.decoded import DecodedExperts, Fp8Matrix, Int8Matrix, matrix
 from tightfit.runtime.quantized.decoded import (

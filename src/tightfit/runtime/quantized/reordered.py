@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tightfit.runtime.loading.files import forget
+from tightfit.runtime.loading.pages import forget
 
 
 class ReorderedMatrix:
