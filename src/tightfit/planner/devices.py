@@ -9,6 +9,8 @@ what the driver keeps on its nearest kin.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from tightfit.errors import UsageError
 from tightfit.units import GiB, KiB, format_bytes, parse_bytes
@@ -216,6 +218,18 @@ def available_bytes() -> int | None:
 def _meminfo(name: str) -> int:
     with open("/proc/meminfo", encoding="ascii") as lines:
         return next(int(line.split()[1]) * KiB for line in lines if line.startswith(f"{name}:"))
+
+
+_TILES = {"BF16": "amx_bf16", "F16": "amx_fp16"}
+
+
+@cache
+def multiplies_in_tiles(dtype: str) -> bool:
+    """Whether this machine's processors have AMX for a dtype (Linux)."""
+    try:
+        return dtype in _TILES and _TILES[dtype] in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def this_machine() -> Device:

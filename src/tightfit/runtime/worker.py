@@ -84,16 +84,7 @@ class Worker:
         on_gpu = device.type == "cuda"
         self.depth = STAGED_STEPS - 1 if on_gpu else 1
         dtype = TORCH_DTYPES[options.dtype]
-        with ledger.phase("kv_cache"):
-            self.cache = KVCache(
-                spec,
-                rank,
-                num_blocks=options.num_blocks,
-                block_size=options.block_size,
-                dtype=TORCH_DTYPES[options.kv_cache_dtype or options.dtype],
-                device=device,
-            )
-        with ledger.phase("persistent_buffers"):
+        with ledger.phase("layers"):
             if isinstance(weights, TransformersModel):
                 self.decoder: Decoder | TransformersModel = weights
                 layers = weights.layers
@@ -104,6 +95,17 @@ class Worker:
                 }
                 self.decoder = Decoder(spec, weights, tables, rank, world)
                 layers = attention_layers(spec, rank, weights.tensors)
+            ledger.release()
+        with ledger.phase("kv_cache"):
+            self.cache = KVCache(
+                spec,
+                rank,
+                num_blocks=options.num_blocks,
+                block_size=options.block_size,
+                dtype=TORCH_DTYPES[options.kv_cache_dtype or options.dtype],
+                device=device,
+            )
+        with ledger.phase("persistent_buffers"):
             self.states: States | None = None
             if spec.is_recurrent:
                 self.states = States(

@@ -13,6 +13,7 @@ from tightfit.model.layout import Axis, Rank
 from tightfit.model.parameters import stage_layers, stage_parameters
 from tightfit.model.quantization.recipe import Recipe
 from tightfit.model.spec import Layer, ModelSpec, ropes
+from tightfit.planner.devices import multiplies_in_tiles
 from tightfit.planner.engines.builtin_states import mamba_stages
 from tightfit.units import dtype_bytes
 
@@ -24,6 +25,8 @@ SCORE_ELEMENTS = 2**21
 """Elements of explicit attention scores, where PyTorch's kernel for CPUs cannot be used."""
 FP8_ELEMENTS = 2**20
 """Keys or values that are put into an fp8 cache at once, or taken out, on a CPU."""
+PACKED_QUERIES = 64
+"""PyTorch puts keys and values into the order of AMX for so many queries or more."""
 EXPERT_ROWS = 512
 """Tokens that an expert takes at once."""
 
@@ -32,14 +35,15 @@ Stages = Mapping[str, int]
 
 
 def layer_stages(
-    spec: ModelSpec, rank: Rank, b: int, tokens: int, seqs: int, length: int
+    spec: ModelSpec, rank: Rank, dtype: str, tokens: int, seqs: int, length: int
 ) -> Iterator[Stages]:
     """Those of every kind of layer."""
+    b, tiled = dtype_bytes(dtype), multiplies_in_tiles(dtype)
     # While the MLP works, what attention gave waits beside it.
     beside = tokens * spec.hidden_size * b if spec.parallel_residual else 0
     for layer in dict.fromkeys(layers_of(spec, rank)):
         for stages in (
-            _attention(spec, layer, rank, b, tokens, seqs, length),
+            _attention(spec, layer, rank, b, tokens, seqs, length, tiled),
             _mlp(spec, layer, rank, b, tokens),
         ):
             yield {name: size + beside for name, size in stages.items()}
@@ -82,7 +86,14 @@ def decoded_latents_bytes(spec: ModelSpec, rank: Rank, b: int) -> int:
 
 
 def _attention(
-    spec: ModelSpec, layer: Layer, rank: Rank, b: int, tokens: int, seqs: int, length: int
+    spec: ModelSpec,
+    layer: Layer,
+    rank: Rank,
+    b: int,
+    tokens: int,
+    seqs: int,
+    length: int,
+    tiled: bool,
 ) -> Stages:
     (mixer,) = layer.mixers
     if isinstance(mixer, Mamba2):
@@ -100,8 +111,13 @@ def _attention(
     if mixer.names.by_head:
         # The projection's own order and the usual one.
         always += tokens * (q + 2 * kv) * b
+    reordered = 0
+    if tiled and min(tokens, BIAS_ELEMENTS // length) >= PACKED_QUERIES:
+        # PyTorch's kernel (FlashAttentionKernel.cpp) does so for every query head.
+        reordered = always + tokens * q * b + 2 * (q + kv) * length * b + masks
     return {
         "rope (H + Q + 2KV + (Q + KV)/2) x T x b": always + tokens * (q + kv) * b // 2,
+        "keys and values in the order of AMX 2(Q + KV) x L x b": reordered,
         "gathered keys and values": always + tokens * q * b + 2 * kv * gathered + masks,
         "prompt attention (H + 3Q + 4KV) x T x b": always + tokens * 2 * (q + kv) * b,
         "output projection (2H + 2Q + 2KV) x T x b": always + tokens * (q + hidden) * b,

@@ -83,7 +83,7 @@ def step_components(
     length = round_up(max_model_len, block_size)
     # A piece in float32 and in 8 bits.
     converted = 0 if kv_cache_dtype in (None, dtype) else 5 * FP8_ELEMENTS
-    activations, formula = _activations(spec, rank, b, tokens, max_num_seqs, length, converted)
+    activations, formula = _activations(spec, rank, dtype, tokens, max_num_seqs, length, converted)
     found = [
         _persistent_buffers(spec, rank, dtype, max_model_len, max_num_seqs),
         Component(
@@ -130,13 +130,13 @@ def _persistent_buffers(
 
 
 def _activations(
-    spec: ModelSpec, rank: Rank, b: int, tokens: int, seqs: int, length: int, converted: int
+    spec: ModelSpec, rank: Rank, dtype: str, tokens: int, seqs: int, length: int, converted: int
 ) -> tuple[int, str]:
     """Peak of the forward pass: what all layers share, and the largest layer.
 
     `converted` is what keys and values take on their way into a cache of another dtype, or back.
     """
-    hidden = spec.hidden_size
+    hidden, b = spec.hidden_size, dtype_bytes(dtype)
     shared = {
         "residual stream T x H x b": tokens * hidden * b,
         "token ids, positions, slots": 3 * 8 * tokens,
@@ -149,7 +149,7 @@ def _activations(
     name, largest = max(
         (
             stage
-            for stages in layer_stages(spec, rank, b, tokens, seqs, length)
+            for stages in layer_stages(spec, rank, dtype, tokens, seqs, length)
             for stage in stages.items()
         ),
         key=lambda stage: stage[1],

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from tightfit.runtime.memory.cuda import CudaLedger
 from tightfit.runtime.memory.ledger import MemoryLedger, Reading
 
-_LOADING = ("process_baseline", "weights", "repacked_weights")
+_LOADING = ("process_baseline", "weights", "repacked_weights", "layers")
+"""Matrices that are put into another order as layers are made are there twice for a moment."""
+_BUFFERS = ("layers", "persistent_buffers")
+"""Layers keep tables of their own, beside their weights."""
 
 
 def components(ledger: MemoryLedger) -> dict[str, int]:
@@ -13,8 +16,9 @@ def components(ledger: MemoryLedger) -> dict[str, int]:
     if isinstance(ledger, CudaLedger):
         return _on_gpu(ledger)
     found = {"process_baseline": ledger.readings["process_baseline"].after_bytes}
-    for name in ("weights", "repacked_weights", "persistent_buffers", "kv_cache"):
+    for name in ("weights", "repacked_weights", "kv_cache"):
         found[name] = ledger.readings[name].kept_bytes
+    found["persistent_buffers"] = _buffers(ledger.readings)
     return found | _of_a_step(ledger.readings)
 
 
@@ -28,6 +32,10 @@ def most_resident_bytes(ledger: MemoryLedger) -> int:
 def loading_peak_bytes(ledger: MemoryLedger) -> int:
     """The most that was held until then."""
     return max(ledger.readings[name].peak_bytes for name in _LOADING)
+
+
+def _buffers(readings: Mapping[str, Reading]) -> int:
+    return sum(readings[name].kept_bytes for name in _BUFFERS)
 
 
 def _of_a_step(readings: Mapping[str, Reading]) -> dict[str, int]:
@@ -47,7 +55,7 @@ def _on_gpu(ledger: CudaLedger) -> dict[str, int]:
         "cuda_context": growth.get("cuda_context", 0) + growth["process_baseline"],
         "weights": readings["weights"].kept_bytes + readings["repacked_weights"].kept_bytes,
         "kv_cache": readings["kv_cache"].kept_bytes,
-        "persistent_buffers": readings["persistent_buffers"].kept_bytes,
+        "persistent_buffers": _buffers(readings),
         "cuda_graphs": growth["cuda_graphs"],
     }
     if "nccl" in growth:
