@@ -11,8 +11,8 @@ from types import FrameType
 def uninterrupted() -> Iterator[None]:
     """Let SIGINT and SIGTERM wait until this is done.
 
-    What is made has to be noted, or removed, and libraries that are being imported would swallow
-    Ctrl-C.
+    What is made has to be noted, or removed; and of libraries that are being imported some swallow
+    Ctrl-C, and PyTorch aborts.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are handled in the main thread only

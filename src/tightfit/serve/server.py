@@ -52,6 +52,7 @@ def serve(
     *,
     drain_seconds: int,
     on_ready: Callable[[], None],
+    on_end: Callable[[], None],
 ) -> int | None:
     """Serve until SIGINT or SIGTERM, then let requests finish for a while.
 
@@ -63,6 +64,7 @@ def serve(
         bound: where to listen; closed at the end.
         drain_seconds: how long unfinished requests may go on after a signal.
         on_ready: called once connections are accepted.
+        on_end: called at the first signal.
 
     Returns:
         The signal that ended it.
@@ -78,6 +80,7 @@ def serve(
             drained = threading.Timer(drain_seconds, requests.stop)
             drained.daemon = True
             drained.start()
+            on_end()
         received.append(number)
 
     def listen() -> None:

@@ -24,6 +24,7 @@ from tightfit.errors import (
     TightfitError,
     UsageError,
 )
+from tightfit.interrupts import uninterrupted
 from tightfit.model.spec import ModelSpec
 from tightfit.planner.api import plan_model
 from tightfit.planner.devices import Device, available_bytes, this_machine
@@ -306,8 +307,9 @@ def in_world(job: Job, action: Callable[["World"], T], *, quiet: bool = False) -
     Raises:
         TightfitError: as it happened, or as `device_errors` tells it; a rank among several ends.
     """
-    from tightfit.runtime.device_errors import told
-    from tightfit.runtime.ranks.world import World
+    with uninterrupted():
+        from tightfit.runtime.device_errors import told
+        from tightfit.runtime.ranks.world import World
 
     assert job.plan.device is not None
     stages = job.plan.options.pipeline_parallel_size.value

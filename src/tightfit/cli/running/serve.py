@@ -137,5 +137,9 @@ def _serve(job: Job, serving: Serving, world: "World", bound: "socket.socket | N
         bound,
         drain_seconds=serving.drain_seconds,
         on_ready=lambda: note(f"serving {name} at http://{where}:{port}/v1"),
+        on_end=lambda: note(
+            f"ending: requests under way may go on for {serving.drain_seconds} s; a second signal "
+            "ends them at once"
+        ),
     )
     return ExitCode.INTERRUPTED if ended_by == signal.SIGINT else ExitCode.OK
