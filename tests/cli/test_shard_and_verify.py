@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from support.cli import ESCAPE, assert_error, tightfit
 from support.random_models import write_random_model
@@ -50,6 +51,32 @@ def test_from_shard_to_verify(tiny_model: TinyModel, tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     assert document["ok"] is False
     assert len(document["problems"]) == 1
+
+
+def test_a_merged_checkpoint_beside_its_original(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, out, back = tiny_model("llama"), tmp_path / "out", tmp_path / "back"
+    assert tightfit("shard", model, out, "-tp", "2").returncode == 0
+    assert tightfit("merge", out, back).returncode == 0
+    done = tightfit("verify", back, "--against", model)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"verified: {back} holds what {model} does: ")
+    alone = tightfit("verify", back)
+    assert alone.returncode == 2
+    assert "--against MODEL compares it with another" in alone.stderr
+
+    path = back / "model.safetensors"
+    tensors = load_file(path)
+    name, *_, last = sorted(tensors)
+    tensors[name].view(-1)[0] += 1
+    tensors["more"] = tensors.pop(last)
+    save_file(tensors, path)
+    done = tightfit("verify", back, "--against", model, "--json")
+    document = json.loads(done.stdout)
+    assert (done.returncode, document["ok"]) == (1, False)
+    lacks, more, differs = document["problems"]
+    assert f"lacks {last!r}" in lacks
+    assert "has no 'more'" in more
+    assert differs.startswith(f"model.safetensors: {name!r} differs from ")
 
 
 def test_json(tiny_model: TinyModel, tmp_path: Path) -> None:

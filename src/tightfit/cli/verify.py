@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from tightfit.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from tightfit.checkpoint.files import MANIFEST, find_weights
 from tightfit.checkpoint.source import Source, is_remote, local_path_of, open_source
 from tightfit.cli import options as o
 from tightfit.cli.output import guarded, note, one_line, print_json, progress
@@ -95,6 +96,15 @@ def verify(
             )
         _verify_quantized(place, directory, against, quiet=quiet, as_json=as_json)
         return
+    if (
+        against is not None
+        and load is None
+        and tensor_parallel_size is None
+        and not place.exists(MANIFEST)
+        and find_weights(place).files
+    ):
+        _verify_plain(directory, against, quiet=quiet, as_json=as_json)
+        return
     require_manifest(place)
     manifest = read_manifest(place)
     check_tensor_parallel_size(manifest, tensor_parallel_size, directory)
@@ -160,6 +170,28 @@ def _verify_quantized(
                 f"verified: {directory} is whole: {report.tensors:,} tensors, "
                 f"{format_bytes(report.nbytes)}, quantized from {report.manifest.source_name} by "
                 f"{report.manifest.method}{compared}"
+            )
+        )
+
+
+def _verify_plain(directory: str, against: str, *, quiet: bool, as_json: bool) -> None:
+    from tightfit.sharding.proof.plain import verify_plain
+
+    checkpoint = open_checkpoint(directory)
+    source = _open_source(against, directory, checkpoint.config)
+    with progress(quiet=quiet) as bars:
+        report = verify_plain(checkpoint, source, bars)
+    if as_json:
+        print_json(report.to_json(directory))
+    else:
+        _show_problems(directory, report.problems)
+    if report.problems:
+        raise typer.Exit(ExitCode.FINDING)
+    if not as_json:
+        print(
+            one_line(
+                f"verified: {directory} holds what {against} does: {report.tensors:,} tensors, "
+                f"{format_bytes(report.nbytes)}, every byte"
             )
         )
 

@@ -50,8 +50,10 @@ def same(read: Read, copy: Copy | Turn | Decay, file: str, files: SourceFiles) -
     return all(map(_Compared(read, file, files), _blocks(copy)))
 
 
-def same_bytes(one: TensorInfo, other: TensorInfo, files: SourceFiles) -> bool:
-    """Whether two tensors hold the same."""
+def same_bytes(
+    one: TensorInfo, other: TensorInfo, files: SourceFiles, other_files: SourceFiles | None = None
+) -> bool:
+    """Whether two tensors hold the same; they are in the same files unless others are given."""
     copy = Copy(
         source_offset=other.offset,
         source_stride=other.nbytes,
@@ -61,7 +63,7 @@ def same_bytes(one: TensorInfo, other: TensorInfo, files: SourceFiles) -> bool:
         row_bytes=other.nbytes,
     )
     return one.nbytes == other.nbytes and same(
-        partial(files.read, one.file), copy, other.file, files
+        partial(files.read, one.file), copy, other.file, other_files or files
     )
 
 

@@ -96,7 +96,7 @@ def require_manifest(source: Source) -> None:
         raise CheckpointError(
             f"{source.label} is a plain checkpoint ({weights.files[0]}), and not an output of "
             "`tightfit shard`",
-            hint="shard it first; a plain checkpoint has no checksums to verify",
+            hint="it has no checksums of its own; --against MODEL compares it with another",
         )
     if weights.is_sharded:
         stages, size = sizes_by_names(source.label, source.files())
