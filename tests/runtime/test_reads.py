@@ -127,7 +127,7 @@ def test_a_gpu_gets_the_same(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPa
         tensors = tuple(weight.rank_tensor(rank, spec.dtype) for weight in parameters(spec))
         for dtype in (torch.bfloat16, torch.float32):
             one = load_checkpoint(checkpoint, tensors, dtype=dtype, device=CPU)
-            two = load_checkpoint(checkpoint, tensors, dtype=dtype, device=torch.device("cuda"))
+            two = load_checkpoint(checkpoint, tensors, dtype=dtype, device=torch.device("cuda", 0))
             assert all(torch.equal(one[name], two[name].cpu()) for name in one)
 
 

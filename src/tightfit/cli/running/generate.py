@@ -32,20 +32,26 @@ def generate(
     from tightfit.runtime.session import run_rank
 
     streams = not as_json and len(prompts) == 1
-    report = in_world(
-        job,
-        lambda world: run_rank(
-            job.checkpoint,
-            job.spec,
-            job.options,
-            world=world,
-            prompts=as_asked(job.checkpoint, prompts, raw=raw),
-            sampling=sampling,
-            on_text=_print_text if streams else None,
-            **job.source(world.rank),
-        ),
-        quiet=quiet,
-    )
+    try:
+        report = in_world(
+            job,
+            lambda world: run_rank(
+                job.checkpoint,
+                job.spec,
+                job.options,
+                world=world,
+                prompts=as_asked(job.checkpoint, prompts, raw=raw),
+                sampling=sampling,
+                on_text=_print_text if streams else None,
+                **job.source(world.rank),
+            ),
+            quiet=quiet,
+        )
+    except KeyboardInterrupt:
+        if streams:
+            # The line may have begun.
+            print()
+        raise
     if report is None:
         return ExitCode.OK
     plan, checks = checked(job.plan, report, tolerance)
