@@ -60,6 +60,11 @@ def read_request(
         options |= {"entrypoint": one.entrypoint, **one.options}
         model = model or one.model
         revision = revision or one.revision
+    if model is None and from_command is not None:
+        raise UsageError(
+            f"no model in --from-command {from_command!r}",
+            hint='write it as "vllm serve MODEL --max-model-len 8192", or give MODEL too',
+        )
     if model is None:
         raise UsageError(
             "no MODEL given", hint="a directory, a config.json, a Hub id, or a URL: plan --help"
